@@ -190,7 +190,8 @@ class NativeStep:
     """The structure of one step, and the arrays that it points to.
 
     Runs the layers over T rows, the head over R of them, which yield `tokens_R`: the argmax, or
-    what `sampling` chooses. `logits`: for rows of R that take the argmax, where their V logits go.
+    what `sampling` chooses. `logits`: for rows of R that take the argmax, where their V logits go:
+    rows of a `logits_room`.
     T = 0 runs the head alone, over rows of the step before: those that went through the head or, if
     it `keeps_rows`, any.
     """

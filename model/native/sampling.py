@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from model.batch import Ints, SamplingBatch
+from model.batch import Floats, Ints, SamplingBatch
 from model.runners.logprobs import NO_LOGPROBS, Logprobs
 
 _COLUMNS = (
@@ -25,6 +25,18 @@ _COLUMNS = (
     ("masks_MW", np.uint32),
 )  # fmt: skip
 _RESULTS = ("given", "tokens", "logprobs", "top_ids", "top_logprobs")
+_LINE = 16  # floats of a cache line
+
+
+def logits_room(rows: int, vocab_size: int) -> Floats:
+    """Memory for the logits [R, V] of some rows, each from the beginning of a cache line.
+
+    Their distance is an odd number of lines, so that they do not share few sets of the caches.
+    """
+    stride = (vocab_size // _LINE | 1) * _LINE + 2 * _LINE
+    memory = np.empty(rows * stride + _LINE, np.float32)
+    first = -(memory.ctypes.data // memory.itemsize) % _LINE
+    return memory[first : first + rows * stride].reshape(rows, stride)[:, :vocab_size]
 
 
 class _Sampling(ctypes.Structure):

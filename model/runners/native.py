@@ -35,7 +35,7 @@ from model.native.library import (
 )
 from model.native.packed import PackedWeights
 from model.native.quantize import hadamard_block, load, load_adapters, rotary_tables
-from model.native.sampling import NativeSampling, is_greedy
+from model.native.sampling import NativeSampling, is_greedy, logits_room
 from model.runners import RunnerOptions, StepHandle, check_unread
 from model.runners.logprobs import NO_LOGPROBS, SCORED_AT_ONCE, Logprobs, step_output
 from model.weights import Arrays, Weights
@@ -43,7 +43,6 @@ from model.weights import Arrays, Weights
 KERNEL_VERSION = 4  # raised whenever the bits of a result change, which a test enforces
 MAX_THREADS = 16  # more of them wait for one another longer than they compute
 COMPUTE_ROWS = 32  # from this many rows on, a step is compute-bound; below, memory-bound
-_LINE = 16  # floats of a cache line
 _MAX_INPUTS = 65_536  # of a product: its sums must fit 32 bits
 
 _KV_DTYPES = ("auto", "bfloat16", "int8")
@@ -145,16 +144,9 @@ class NativeRunner:
         self._model.close()
 
     def _room(self, rows: int) -> Floats:
-        """Memory for the logits of open rows. Their distance is an odd number of cache lines, so
-        that they do not share few sets of the caches.
-        """
+        """Memory for the logits of open rows."""
         if len(self._open_LV) < rows:
-            vocab_size = self.config.vocab_size
-            stride = (vocab_size // _LINE | 1) * _LINE + 2 * _LINE
-            memory = np.empty(rows * stride + _LINE, np.float32)
-            first = -(memory.ctypes.data // memory.itemsize) % _LINE
-            rows_LV = memory[first : first + rows * stride].reshape(rows, stride)
-            self._open_LV = rows_LV[:, :vocab_size]
+            self._open_LV = logits_room(rows, self.config.vocab_size)
         return self._open_LV[:rows]
 
     def _load(self, weights: Weights | Arrays, options: RunnerOptions, digest: str) -> None:

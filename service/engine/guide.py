@@ -29,9 +29,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 
 import numpy as np
-import numpy.typing as npt
 
-from model.batch import Floats, Words
+from model.batch import Bools, Floats, Words
 from model.grammar import GrammarError, Grammars, Matcher
 from service.engine.thinking import FreeMasks, ThinkingMatcher
 from service.errors import BadRequest
@@ -45,7 +44,7 @@ STEP_TIME = 0.02  # of a step, for the masks of all sequences; the last one may 
 _QUICK = 0.002  # an output whose last mask took longer gets no drafts
 
 _TRIES = 24  # tokens of an open row that are checked before its mask is computed
-_NEAR = 6.0  # below the largest logit: others are not worth a try
+_NEAR = 10.0  # below the largest logit: others are not worth a try
 _AHEAD = 32  # tokens after a slow mask whose masks are computed ahead
 _PROBES = (b"a", b"e", b"1")  # texts of which a grammar often allows two
 _FEW = 32  # words of a mask: if more are set, no token is considered to be forced
@@ -178,10 +177,10 @@ class Guide:
         if self.failed:
             self.ready = False
             return None
-        ids = _tokens_of(self._masks_MW[0])
-        values = np.where(logits_V[ids] > -np.inf, logits_V[ids], -np.inf)  # without any NaN
-        best = values.argmax()
-        return int(ids[best]) if values[best] > -np.inf else 0  # as samplers do
+        allowed_V = _bits_of(self._masks_MW[0])[: len(logits_V)]
+        values_V = np.where(allowed_V & (logits_V > -np.inf), logits_V, -np.inf)  # without any NaN
+        best = int(values_V.argmax())
+        return best if values_V[best] > -np.inf else 0  # as samplers do
 
     def _fill(self, matcher: Matcher | ThinkingMatcher, *, fails: bool = False) -> None:
         """Computes the mask of the next token. If that `fails`, so does the output."""
@@ -271,7 +270,7 @@ class Guide:
         """The longest of the allowed tokens, if all others are prefixes of it."""
         if np.count_nonzero(mask_W) > _FEW:
             return None
-        tokens: list[int] = _tokens_of(mask_W).tolist()
+        tokens: list[int] = np.flatnonzero(_bits_of(mask_W)).tolist()
         if len(tokens) == 1:
             return tokens[0]
         texts = [self._token_bytes[token] for token in tokens]
@@ -387,12 +386,9 @@ def _may_follow(matcher: Matcher | ThinkingMatcher, token: int) -> bool:
     return matcher.num_allowed((token,)) == 1
 
 
-def _tokens_of(mask_W: Words) -> npt.NDArray[np.intp]:
-    """The tokens that a mask allows, rising."""
-    words = np.flatnonzero(mask_W)
-    bits = np.unpackbits(mask_W[words].view(np.uint8), bitorder="little")
-    places = np.flatnonzero(bits.view(np.bool_))
-    return words[places // _WORD] * _WORD + places % _WORD
+def _bits_of(mask_W: Words) -> Bools:
+    """Whether a mask allows each token, with some more entries at the end."""
+    return np.unpackbits(mask_W.view(np.uint8), bitorder="little").view(np.bool_)
 
 
 def _nearest(logits_V: Floats, token: int) -> list[int]:
@@ -400,6 +396,9 @@ def _nearest(logits_V: Floats, token: int) -> list[int]:
     near it.
     """
     near = np.flatnonzero(logits_V > logits_V[token] - _NEAR)
+    if len(near) > 2 * _TRIES:
+        logits = logits_V[near]
+        near = near[logits > -np.partition(-logits, _TRIES + 1)[_TRIES + 1]]
     order = np.argsort(-logits_V[near], kind="stable")
     ranked: list[int] = near[order[1 : 1 + _TRIES]].tolist()
     return ranked

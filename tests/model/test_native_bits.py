@@ -17,6 +17,7 @@ import torch
 
 from model.config import ModelConfig
 from model.native.library import NativeStep
+from model.native.sampling import logits_room
 from model.runners.native import KERNEL_VERSION, NativeRunner
 from model.transformer import Transformer
 
@@ -76,7 +77,7 @@ def test_bits_change_only_with_the_kernel_version(
     for variant in native_variants:
         dtype = "int4" if kind == "int4" else "int8"
         runner = native(config, weights, variant=variant, kv_dtype=kv_dtype, dtype=dtype)
-        logits_RV = np.empty((TOKENS, config.vocab_size), np.float32)
+        logits_RV = logits_room(TOKENS, config.vocab_size)
         step = NativeStep(
             tokens_T=ids,
             positions_T=np.arange(TOKENS, dtype=np.int32),

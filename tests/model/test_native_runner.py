@@ -15,6 +15,7 @@ from model.batch import Batch, Floats
 from model.config import ModelConfig, Norm, RopeScaling
 from model.families import family_of
 from model.native.library import NativeStep
+from model.native.sampling import logits_room
 from model.runners import RunnerOptions, keeps_logits
 from model.runners.choose import choose_runner
 from model.runners.exactness import ExactnessCheck, check_exactness
@@ -495,6 +496,28 @@ def test_every_index_of_a_step_is_checked(
     assert step({**nothing, "output_rows_R": [2, 4]}).tolist() == expected
     with pytest.raises(ValueError, match="output row outside the step"):
         step({**nothing, "output_rows_R": [5]})
+
+
+def test_logits_are_written_to_whole_cache_lines_only(
+    native_config: Callable[..., ModelConfig], native: Build
+) -> None:
+    config = native_config()
+    runner = native(config, tiny_weights(config))
+    room_LV = logits_room(2, config.vocab_size)
+    for logits_V in room_LV[0], room_LV[1], np.full(config.vocab_size + 1, np.nan, np.float32)[1:]:
+        step = NativeStep(
+            tokens_T=np.array([3], np.int32),
+            positions_T=np.array([0], np.int32),
+            query_starts_S1=np.array([0, 1], np.int32),
+            block_table_SB=np.array([[0]], np.int32),
+            output_rows_R=np.array([0], np.int32),
+            logits={0: logits_V},
+        )
+        if logits_V.ctypes.data % 64 == 0:
+            assert runner._model.step(step)[0] == logits_V.argmax()
+        else:
+            with pytest.raises(ValueError, match="must begin a cache line"):
+                runner._model.step(step)
 
 
 def test_families_that_fit_the_step_are_served_and_others_fall_back_with_the_reason() -> None:

@@ -50,8 +50,10 @@ const char* step_error(const QuireModel& model, const QuireStep& step) {
       if (step.adapters[s] < 0 || static_cast<size_t>(step.adapters[s]) > model.adapters.size())
         return "a sequence has an adapter that is not loaded";
   const int32_t computed = step.rows ? step.rows : model.computed_rows;
-  for (int32_t i = 0; i < step.outputs; i++)
+  for (int32_t i = 0; i < step.outputs; i++) {
     if (step.output_rows[i] < 0 || step.output_rows[i] >= computed) return "output row outside the step";
+    if (step.logits && reinterpret_cast<uintptr_t>(step.logits[i]) % 64) return "logits must begin a cache line";
+  }
   return step.sampling ? quire::sampling_error(*step.sampling, step.outputs, shape.vocab) : nullptr;
 }
 

@@ -50,14 +50,11 @@ static void update_argmax(const Linear& w, Lanes a, Lanes b, int column, Argmax*
     }
 }
 
+// They are read when the head is done: until then they would only displace its weights from the caches.
 static void keep_logits(const Linear& w, Lanes a, Lanes b, int column, float* logits) {
-  // The weights have displaced these lines from the caches since the last step.
-  constexpr int panels_ahead = 16;
-  __builtin_prefetch(logits + column + panels_ahead * PANEL, 1);
-  __builtin_prefetch(logits + column + panels_ahead * PANEL + LANES, 1);
   if (w.outputs - column >= PANEL) {
-    store(logits + column, a);
-    store(logits + column + LANES, b);
+    stream(logits + column, a);
+    stream(logits + column + LANES, b);
     return;
   }
   float all[PANEL];
@@ -153,4 +150,5 @@ static void multiply(const Product* product, int first, int end, Argmax* argmax)
       row += count;
     }
   }
+  if (p.epilogue == Epilogue::HEAD) drain();
 }

@@ -35,6 +35,9 @@ struct Lanes { __m512 v; };
 QUIRE_INLINE Lanes splat(float x) { return {_mm512_set1_ps(x)}; }
 QUIRE_INLINE Lanes load(const float* p) { return {_mm512_loadu_ps(p)}; }
 QUIRE_INLINE void store(float* p, Lanes a) { _mm512_storeu_ps(p, a.v); }
+// Past the caches, which p, a multiple of the size of Lanes, would displace. `drain` before another thread reads.
+QUIRE_INLINE void stream(float* p, Lanes a) { _mm512_stream_ps(p, a.v); }
+QUIRE_INLINE void drain() { _mm_sfence(); }
 QUIRE_INLINE Lanes operator+(Lanes a, Lanes b) { return {_mm512_add_ps(a.v, b.v)}; }
 QUIRE_INLINE Lanes operator-(Lanes a, Lanes b) { return {_mm512_sub_ps(a.v, b.v)}; }
 QUIRE_INLINE Lanes operator*(Lanes a, Lanes b) { return {_mm512_mul_ps(a.v, b.v)}; }
@@ -100,6 +103,8 @@ struct Lanes { __m256 lo, hi; };
 QUIRE_INLINE Lanes splat(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
 QUIRE_INLINE Lanes load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
 QUIRE_INLINE void store(float* p, Lanes a) { _mm256_storeu_ps(p, a.lo); _mm256_storeu_ps(p + 8, a.hi); }
+QUIRE_INLINE void stream(float* p, Lanes a) { _mm256_stream_ps(p, a.lo); _mm256_stream_ps(p + 8, a.hi); }
+QUIRE_INLINE void drain() { _mm_sfence(); }
 QUIRE_INLINE Lanes operator+(Lanes a, Lanes b) { return {_mm256_add_ps(a.lo, b.lo), _mm256_add_ps(a.hi, b.hi)}; }
 QUIRE_INLINE Lanes operator-(Lanes a, Lanes b) { return {_mm256_sub_ps(a.lo, b.lo), _mm256_sub_ps(a.hi, b.hi)}; }
 QUIRE_INLINE Lanes operator*(Lanes a, Lanes b) { return {_mm256_mul_ps(a.lo, b.lo), _mm256_mul_ps(a.hi, b.hi)}; }
@@ -186,6 +191,8 @@ struct Lanes { float v[LANES]; };
 QUIRE_INLINE Lanes splat(float x) { Lanes r; QUIRE_EACH r.v[i] = x; return r; }
 QUIRE_INLINE Lanes load(const float* p) { Lanes r; memcpy(r.v, p, sizeof r.v); return r; }
 QUIRE_INLINE void store(float* p, Lanes a) { memcpy(p, a.v, sizeof a.v); }
+QUIRE_INLINE void stream(float* p, Lanes a) { store(p, a); }
+QUIRE_INLINE void drain() {}
 QUIRE_INLINE Lanes operator+(Lanes a, Lanes b) { QUIRE_EACH a.v[i] += b.v[i]; return a; }
 QUIRE_INLINE Lanes operator-(Lanes a, Lanes b) { QUIRE_EACH a.v[i] -= b.v[i]; return a; }
 QUIRE_INLINE Lanes operator*(Lanes a, Lanes b) { QUIRE_EACH a.v[i] *= b.v[i]; return a; }

@@ -68,8 +68,8 @@ struct QuireStep {
   const int32_t* query_starts;  // [S + 1]
   const int32_t* block_table;   // [S, B]
   const int32_t* output_rows;   // [R] rows of T
-  float* const* logits;         // [R] where to write the V logits of a row that takes the argmax, or null; null: of
-                                // none
+  float* const* logits;         // [R] where to write the V logits of a row that takes the argmax, at the beginning of
+                                // a cache line, or null; null: of none
   int32_t* argmax;              // [R] out, without `sampling`
   const QuireSampling* sampling;  // null: each row takes the argmax
   const int32_t* adapters;      // [S] number of the sequence's adapter, from 1; 0: none; null: all 0
