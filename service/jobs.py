@@ -17,7 +17,7 @@ def files_url(settings: Settings) -> str:
     url = settings.files
     if url is None:
         name = str(settings.port)
-        if not settings.queue.startswith("memory:"):
+        if not settings.is_embedded:
             name = hashlib.sha256(settings.queue.encode()).hexdigest()[:16]
         elif not settings.port:
             return JobLimits().url

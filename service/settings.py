@@ -84,9 +84,10 @@ class Settings(BaseModel):
         "Execution backend; auto picks the fastest available.", "auto"
     )
     dtype: Literal["auto", "int4", "int8", "float8", "bfloat16", "float32"] = _engine(
-        "Compute dtype of the network; auto: the runner's default. int4: the layers of a GGUF file "
-        "in its own 4-bit blocks (native runner). int8: 8-bit weights; on a GPU, a Q8_0 file's. "
-        "float8: e4m3 weights (cuda runner).",
+        "Compute dtype of the network; auto: the runner's default, of the native one int8, but "
+        "int4 for a 4-bit file on a CPU with AVX2 alone, if the queue is in memory. int4: the "
+        "layers of a GGUF file in its own 4-bit blocks (native runner). int8: 8-bit weights; on a "
+        "GPU, a Q8_0 file's. float8: e4m3 weights (cuda runner).",
         "auto",
     )
     kv_dtype: Literal["auto", "bfloat16", "int8", "float8"] = _engine(
@@ -314,6 +315,11 @@ class Settings(BaseModel):
         """Alias -> name of a model."""
         pairs = (text.partition("=") for text in self.model_alias)
         return {alias: model for alias, _, model in pairs}
+
+    @property
+    def is_embedded(self) -> bool:
+        """Whether the queue is this process's own."""
+        return self.queue.startswith("memory:")
 
     @property
     def is_loopback(self) -> bool:

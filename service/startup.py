@@ -184,6 +184,7 @@ def _load(
                 config,
                 wanted,
                 num_ranks=num_ranks,
+                is_alone=settings.is_embedded,
                 four_bit_reason=four_bit_reason(checkpoint),
                 eight_bit_reason=eight_bit_reason(checkpoint),
             )
@@ -200,7 +201,8 @@ def _load(
                 options = replace(options, vendor_blas=set_whole_sums())
             if choice.name == "native":
                 cache = settings.cache_dir.expanduser() / "packed"
-                options = replace(options, weights_cache=cache)
+                dtype = "int4" if choice.keeps_blocks else options.dtype
+                options = replace(options, weights_cache=cache, dtype=dtype)
             with ThreadPoolExecutor(max_workers=1) as pool:
                 reading = pool.submit(load_tokenizer, path)
                 if num_ranks > 1:  # an error must not leave ranks behind

@@ -20,12 +20,13 @@ from loadtest.bench.views import View, chat_view, decode_view, median, prefill_v
 EQUAL_WITHIN = 0.01  # of the perplexity
 BUSY = 3  # load per core above which other work distorts tokens per second
 _QUIRE, _PLAIN, _DRAFTS = "quire", "-plain", "-drafts"  # the latter two end names
+_SHOWN = ("quire", "quire-plain", "quire-int4-plain")  # in a README
 _LABELS: Mapping[str, str] = {
-    "quire": "Quire",
-    "quire-plain": "Quire without drafts",
+    "quire": "Quire, 8 bits",
+    "quire-plain": "Quire, 8 bits, without drafts",
     "quire-int4": "Quire, 4 bits",
     "quire-int4-plain": "Quire, 4 bits, without drafts",
-    "quire-redis": "Quire over Redis",
+    "quire-redis": "Quire, 8 bits, over Redis",
     "quire-torch": "Quire, torch runner, bfloat16",
     "transformers": "`transformers serve`, bfloat16",
     "vllm": "vLLM, bfloat16",
@@ -120,17 +121,17 @@ def overview(document: Document) -> Iterator[Table]:
 
 
 def short_table(document: Document) -> Table:
-    """For a README: without variants of Quire; CPU time if the machine was busy."""
+    """For a README: without some variants of Quire; CPU time if the machine was busy."""
     measure = CPU if is_busy(document) else SPEED
     whole = _figures(document, measure)
-    wanted = {label(name) for name in document.servers if is_peer(name)}
-    wanted |= {label(_QUIRE), label(_QUIRE + _PLAIN)}
+    wanted = {label(name) for name in document.servers if is_peer(name) or name in _SHOWN}
+    plain = {label(name) for name in _SHOWN if name.endswith(_PLAIN)}
     rows = [row for row in whole.rows if row[0] in wanted]
     for table in _ratios(document, measure):
         rows += [
             [f"{row[0]}: times better than the best of {row[1]}", "", *row[2:]]
             for row in table.rows
-            if row[0] == label(_QUIRE + _PLAIN)
+            if row[0] in plain
         ]
     return Table(title=whole.title, columns=whole.columns, rows=rows)
 

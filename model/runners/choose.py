@@ -38,15 +38,17 @@ def choose_runner(
     options: RunnerOptions,
     *,
     num_ranks: int = 1,
+    is_alone: bool = False,
     four_bit_reason: str | None = _UNKNOWN,
     eight_bit_reason: str | None = _UNKNOWN,
 ) -> SelectedRunner:
     """The named runner, or for `auto` the fastest that can run the model.
 
-    `four_bit_reason`: why the layers cannot be read in 4 bits, or None if they can, and likewise
-    `eight_bit_reason` (cuda runner; the native one makes its own 8 bits of any file). Raises
-    ValueError if the device is not available or the dtype is unknown or impossible. Imports torch
-    only if it, or a GPU, may be used.
+    `is_alone`: no engine on another machine continues its answers, so weights may be of the type
+    that is fastest on this one. `four_bit_reason`: why the layers cannot be read in 4 bits, or None
+    if they can, and likewise `eight_bit_reason` (cuda runner; the native one makes its own 8 bits
+    of any file). Raises ValueError if the device is not available or the dtype is unknown or
+    impossible. Imports torch only if it, or a GPU, may be used.
     """
     if config.bidirectional:
         raise ValueError(f"{config.family} is an encoder, which generates no text")
@@ -60,9 +62,10 @@ def choose_runner(
         choose = _choose_four_bit if is_four_bit else _choose_packed
         unreadable = four_bit_reason if is_four_bit else eight_bit_reason
         return choose(name, config, options, unreadable, num_ranks=num_ranks)
+    may_keep = is_alone and four_bit_reason is None and options.dtype == "auto"
     dtypes = {"native": None, "cuda": "bfloat16"}
     if name in dtypes:
-        return SelectedRunner(name=name, dtype=dtypes[name])
+        return _fastest(name, dtypes[name], may_keep=may_keep)
     if name == "torch" or compression or options.dtype in {"float32", "bfloat16"}:
         return SelectedRunner(name="torch", dtype=torch_dtype(options))
     device = device_type(options.device)
@@ -75,9 +78,17 @@ def choose_runner(
     else:
         reason = "it does not support tensor parallelism"
     if reason is None:
-        return SelectedRunner(name=faster, dtype=dtypes[faster])
+        return _fastest(faster, dtypes[faster], may_keep=may_keep)
     dtype = torch_dtype(options)
     return SelectedRunner(name="torch", dtype=dtype, fallback_reason=f"{faster}: {reason}")
+
+
+def _fastest(name: str, dtype: str | None, *, may_keep: bool) -> SelectedRunner:
+    """The runner with the weights that it computes with fastest: if they may be kept, 4 bits where
+    these are faster at any load.
+    """
+    keeps_blocks = name == "native" and may_keep and _native_prefers_four_bits()
+    return SelectedRunner(name=name, dtype=dtype, keeps_blocks=keeps_blocks)
 
 
 def _choose_for_sources(
@@ -235,3 +246,14 @@ def _native_reason(config: ModelConfig) -> str | None:
     except NativeUnavailable as error:
         return str(error)
     return None
+
+
+def _native_prefers_four_bits() -> bool:
+    from model.native import NativeUnavailable
+    from model.native.library import NativeLibrary
+    from model.runners.native import FOUR_BIT_VARIANTS
+
+    try:
+        return NativeLibrary().variants[0] in FOUR_BIT_VARIANTS
+    except NativeUnavailable:  # the named runner will say so
+        return False

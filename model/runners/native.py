@@ -43,6 +43,7 @@ from model.weights import Arrays, Weights
 KERNEL_VERSION = 4  # raised whenever the bits of a result change, which a test enforces
 MAX_THREADS = 16  # more of them wait for one another longer than they compute
 COMPUTE_ROWS = 32  # from this many rows on, a step is compute-bound; below, memory-bound
+FOUR_BIT_VARIANTS = frozenset({"avx2"})  # that multiply 4 bits faster than 8, at any number of rows
 _MAX_INPUTS = 65_536  # of a product: its sums must fit 32 bits
 
 _KV_DTYPES = ("auto", "bfloat16", "int8")

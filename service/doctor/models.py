@@ -44,7 +44,7 @@ def check_models(settings: Settings) -> Iterator[tuple[Finding, ModelConfig | No
             continue
         text = (
             f"{path.name}: {config.family}, {size:,.0f} MiB, up to {config.max_model_len} tokens,"
-            f" runner {choice.name}"
+            f" runner {choice.name}{', 4 bits' * (choice.name == 'native' and choice.keeps_blocks)}"
         )
         if choice.fallback_reason:
             advice = f"a faster runner cannot serve it: {choice.fallback_reason}"
@@ -61,6 +61,7 @@ def _choose(path: Path, settings: Settings) -> tuple[ModelConfig, SelectedRunner
         config,
         runner_options(settings),
         num_ranks=settings.tensor_parallel,
+        is_alone=settings.is_embedded,
         four_bit_reason=four_bit_reason(checkpoint),
         eight_bit_reason=eight_bit_reason(checkpoint),
     )

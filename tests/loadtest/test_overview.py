@@ -81,8 +81,9 @@ def test_ratios_are_those_of_the_best_peers(document: Document) -> None:
     """90 / 30 and 90 / 55 tokens per second; 2.0 / 1.0 CPU seconds per token."""
     rows = table_of(document, "Tokens per second: how many times better Quire is").rows
     assert [row[:2] for row in rows] == [
-        ["Quire", "equal quality"], ["Quire", "any quality"],
-        ["Quire without drafts", "equal quality"], ["Quire without drafts", "any quality"],
+        ["Quire, 8 bits", "equal quality"], ["Quire, 8 bits", "any quality"],
+        ["Quire, 8 bits, without drafts", "equal quality"],
+        ["Quire, 8 bits, without drafts", "any quality"],
     ]  # fmt: skip
     assert rows[0][2:4] == ["3.00 OpenVINO, Q8_0"] * 2
     assert rows[1][2] == "1.64 vLLM, bfloat16"
@@ -117,7 +118,7 @@ def test_cpu_time_is_per_1000_tokens(make_result: MakeResult) -> None:
 def test_figures_have_the_perplexity_and_every_load(document: Document) -> None:
     speeds = table_of(document, "Tokens per second")
     assert speeds.columns == ["server", "perplexity", "1 client", "chat, 8", "prompt of 512"]
-    assert list(speeds.rows[0][:4]) == ["Quire", "10.00", "180", "180"]
+    assert list(speeds.rows[0][:4]) == ["Quire, 8 bits", "10.00", "180", "180"]
     assert list(speeds.rows[-1][:2]) == ["vLLM, bfloat16", ""]
     assert table_of(document, "CPU seconds per 1,000 tokens").rows[1][2] == "120.0"
     assert table_of(document, "Fraction of the roof").columns == [
@@ -151,9 +152,9 @@ def test_the_short_table_has_cpu_times_if_the_machine_was_busy(
         table = short_table(document)
         assert table.title == title
         assert [row[0] for row in table.rows] == [
-            "Quire without drafts", "vLLM, bfloat16",
-            "Quire without drafts: times better than the best of equal quality",
-            "Quire without drafts: times better than the best of any quality",
+            "Quire, 8 bits, without drafts", "vLLM, bfloat16",
+            "Quire, 8 bits, without drafts: times better than the best of equal quality",
+            "Quire, 8 bits, without drafts: times better than the best of any quality",
         ]  # fmt: skip
         assert {len(row) for row in table.rows} == {len(table.columns)}
 
@@ -206,7 +207,7 @@ def test_a_comparison_is_published_by_kind(
     assert text.count(document.command) == 2
     assert "old" not in readme.read_text()
     assert (
-        "| Quire without drafts: times better than the best of equal quality |"
+        "| Quire, 8 bits, without drafts: times better than the best of equal quality |"
         in readme.read_text()
     )
 

@@ -12,6 +12,7 @@ import torch
 import model.runners
 from model.adapters import Adapter
 from model.config import Activation, Norm, Position
+from model.native.library import NativeLibrary
 from model.runners import RunnerOptions, choose
 from model.runners.choose import choose_runner, choose_sizes
 from model.runners.cuda.network import FusedNetwork
@@ -162,3 +163,33 @@ def test_four_bits_need_the_native_runner_and_a_file_that_has_them() -> None:
         for name in ("auto", "native"):
             choice = choose_runner(name, config, options, four_bit_reason=None)
             assert (choice.name, choice.keeps_blocks) == ("native", True)
+
+
+@pytest.mark.parametrize(
+    ("variant", "is_alone", "reason", "dtype", "keeps"),
+    [
+        ("avx2", True, None, "auto", True),
+        ("avx512", True, None, "auto", False),
+        ("portable", True, None, "auto", False),
+        ("avx2", False, None, "auto", False),
+        ("avx2", True, "it has 6 bits", "auto", False),
+        ("avx2", True, None, "int8", False),
+    ],
+)
+def test_four_bits_are_the_default_where_they_are_always_faster(
+    monkeypatch: pytest.MonkeyPatch,
+    variant: str,
+    is_alone: bool,
+    reason: str | None,
+    dtype: str,
+    keeps: bool,
+) -> None:
+    """But not if engines on other machines continue the answers: they may have other CPUs."""
+    monkeypatch.setattr(choose, "_native_reason", lambda _config: None)
+    monkeypatch.setattr(NativeLibrary, "variants", [variant, "portable"])
+    options = RunnerOptions(dtype=dtype, device="cpu")
+    for name in ("auto", "native"):
+        choice = choose_runner(
+            name, tiny_model_config(), options, is_alone=is_alone, four_bit_reason=reason
+        )
+        assert (choice.name, choice.keeps_blocks) == ("native", keeps)

@@ -158,9 +158,9 @@ def _vllm(plan: Plan, port: int) -> list[str]:
 
 
 _SERVERS = (
-    _quire("quire"),
+    _quire("quire", "--dtype", "int8"),
     # The outputs repeat themselves, which favours drafts. Without drafts a token costs a step.
-    _quire("quire-plain", "--no-speculate"),
+    _quire("quire-plain", "--dtype", "int8", "--no-speculate"),
     _quire("quire-int4", "--dtype", "int4", engine="native-int4"),
     _quire("quire-int4-plain", "--dtype", "int4", "--no-speculate", engine="native-int4"),
     _quire_server("quire-redis", _quire_redis, programs=("redis-server",)),
