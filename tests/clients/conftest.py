@@ -82,13 +82,17 @@ class Server:
 
 @pytest.fixture(scope="session")
 def server(pytestconfig: pytest.Config, tmp_path_factory: Any) -> Iterator[Server]:
-    """`quire serve` with the default model, on free ports, or the one at `--urls`."""
+    """`quire serve` with the default model, on free ports, or the one at `--urls`.
+
+    In 8 bits, so that what the small model says is the same on every CPU.
+    """
     if urls := pytestconfig.getoption("--urls"):
         url, admin_url = urls.split(",")
         yield Server(url=url, admin_url=admin_url)
         return
     program = Path(str(pytestconfig.getoption("--quire")))
-    with serving(program, tmp_path_factory.mktemp("server") / "log") as started:
+    log = tmp_path_factory.mktemp("server") / "log"
+    with serving(program, log, "--dtype", "int8") as started:
         yield started
 
 
