@@ -37,7 +37,7 @@ __all__ = ["one_order"]  # a fixture
 
 ROOT = Path(__file__).parent.parent
 MARKERS = frozenset({"slow", "longer", "kernels", "faults"})
-UNIT_CASES = 4
+UNIT_CASES = 2
 """Fast cases of one function that `make unit` runs; `make test` runs all."""
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # A run in a shell's background ignores Ctrl-C, and so would the processes that tests start.

@@ -267,7 +267,7 @@ async def test_a_conversation_with_calls(service: Any, name: str, read_events: A
         assert result["content"] in prompt
 
 
-@pytest.mark.parametrize("name", ["mistral-v11"], scope="module")
+@pytest.mark.parametrize("name", ["mistral-v11"], indirect=True)
 async def test_ids_of_the_model_are_returned_and_rendered(
     service: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -349,7 +349,7 @@ async def test_a_custom_tool_is_called(service: Any, name: str) -> None:
     assert "Zürich 😀" in prompt_of(service)
 
 
-@pytest.mark.parametrize("name", ["llama"], scope="module")
+@pytest.mark.parametrize("name", ["llama"], indirect=True)
 async def test_a_prefix_of_a_call_is_no_text(service: Any) -> None:
     tokenizer = service.tokenizer
     written = '<|python_tag|>{"name": "now", "parameters": {}}'
@@ -376,7 +376,7 @@ def _specials(service: Any) -> int:
     return sum(map(service.tokenizer.is_special, service.engine.seen[-1].prompt_ids))
 
 
-@pytest.mark.parametrize("name", ["plain"], scope="module")
+@pytest.mark.parametrize("name", ["plain"], indirect=True)
 async def test_tools_go_into_the_system_message(service: Any) -> None:
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "hi"}]
     await service.post(CHAT, {"model": "tiny-model", "messages": messages, "tools": TOOLS})

@@ -103,6 +103,7 @@ CASES = [
 ]  # 80: blocks for six sequences or so
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("num_blocks", "seed"),
     [pytest.param(*case, marks=[pytest.mark.slow] if case != (80, 0) else []) for case in CASES],

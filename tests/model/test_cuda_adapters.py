@@ -66,6 +66,7 @@ def operands(rows: int, *, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, l
     return x, weight, random.Random(seed).choices(range(len(ADAPTERS) + 1), k=rows)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("whole", [False, True])
 @pytest.mark.parametrize("rows", [1, 21, *slowly(70, 300)])
 def test_rows_get_the_product_of_their_own_adapter(rows: int, *, whole: bool) -> None:

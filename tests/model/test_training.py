@@ -216,6 +216,7 @@ class GivenBatches:
         return {}
 
 
+@pytest.mark.slow
 def test_accumulated_passes_are_one_large_batch(tmp_path: Path) -> None:
     """Of parts with unequal numbers of marked tokens: a mean of means would differ."""
     tokens = torch.randint(1, 97, (4, 8), generator=torch.Generator().manual_seed(0))
