@@ -125,13 +125,12 @@ def short_table(document: Document) -> Table:
     measure = CPU if is_busy(document) else SPEED
     whole = _figures(document, measure)
     wanted = {label(name) for name in document.servers if is_peer(name) or name in _SHOWN}
-    plain = {label(name) for name in _SHOWN if name.endswith(_PLAIN)}
     rows = [row for row in whole.rows if row[0] in wanted]
     for table in _ratios(document, measure):
         rows += [
             [f"{row[0]}: times better than the best of {row[1]}", "", *row[2:]]
             for row in table.rows
-            if row[0] in plain
+            if row[0] == label(_QUIRE + _PLAIN)
         ]
     return Table(title=whole.title, columns=whole.columns, rows=rows)
 
