@@ -28,6 +28,7 @@ from rich.progress import (
 
 from model.adapters import Adapter
 from model.checkpoint import (
+    Checkpoint,
     CheckpointError,
     configure,
     load_model,
@@ -170,7 +171,7 @@ def _load(
 ) -> Loaded:
     """Loads all, without the warm-up. Raises StartupError if the model cannot be served here."""
     from model.native import NativeUnavailable
-    from model.runners.choose import choose_runner, choose_sizes
+    from model.runners.choose import choose_sizes
 
     num_ranks = settings.tensor_parallel
     read = tuple(load_adapter(each, path) for each in adapters)
@@ -179,15 +180,7 @@ def _load(
         with model_errors():
             checkpoint = open_checkpoint(path)
             _, config = configure(checkpoint)
-            choice = choose_runner(
-                settings.runner,
-                config,
-                wanted,
-                num_ranks=num_ranks,
-                is_alone=settings.is_embedded,
-                four_bit_reason=four_bit_reason(checkpoint),
-                eight_bit_reason=eight_bit_reason(checkpoint),
-            )
+            choice = select_runner(settings, checkpoint, config, wanted)
             options = choose_sizes(
                 wanted,
                 runner=choice.name,
@@ -234,6 +227,23 @@ def _load(
         options=options,
         followers=followers,
         on_gpu=choice.name == "cuda",
+    )
+
+
+def select_runner(
+    settings: Settings, checkpoint: Checkpoint, config: ModelConfig, options: RunnerOptions
+) -> SelectedRunner:
+    """Returns the runner that the settings select. Raises ValueError as `choose_runner` does."""
+    from model.runners.choose import choose_runner
+
+    return choose_runner(
+        settings.runner,
+        config,
+        options,
+        num_ranks=settings.tensor_parallel,
+        is_alone=settings.is_embedded,
+        four_bit_reason=four_bit_reason(checkpoint),
+        eight_bit_reason=eight_bit_reason(checkpoint),
     )
 
 

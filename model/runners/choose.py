@@ -84,10 +84,19 @@ def choose_runner(
 
 
 def _fastest(name: str, dtype: str | None, *, may_keep: bool) -> SelectedRunner:
-    """The runner with the weights that it computes with fastest: if they may be kept, 4 bits where
-    these are faster at any load.
+    """The runner with the weights that it computes with fastest: if they may be kept, the file's 4
+    bits on a CPU that multiplies these faster at any load.
     """
-    keeps_blocks = name == "native" and may_keep and _native_prefers_four_bits()
+    if name != "native" or not may_keep:
+        return SelectedRunner(name=name, dtype=dtype)
+    from model.native import NativeUnavailable
+    from model.native.library import NativeLibrary
+    from model.runners.native import FOUR_BIT_VARIANTS
+
+    try:
+        keeps_blocks = NativeLibrary().variants[0] in FOUR_BIT_VARIANTS
+    except NativeUnavailable:  # building the named runner will say why
+        keeps_blocks = False
     return SelectedRunner(name=name, dtype=dtype, keeps_blocks=keeps_blocks)
 
 
@@ -246,14 +255,3 @@ def _native_reason(config: ModelConfig) -> str | None:
     except NativeUnavailable as error:
         return str(error)
     return None
-
-
-def _native_prefers_four_bits() -> bool:
-    from model.native import NativeUnavailable
-    from model.native.library import NativeLibrary
-    from model.runners.native import FOUR_BIT_VARIANTS
-
-    try:
-        return NativeLibrary().variants[0] in FOUR_BIT_VARIANTS
-    except NativeUnavailable:  # the named runner will say so
-        return False

@@ -6,18 +6,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from model.checkpoint import CheckpointError, configure, open_checkpoint
-from model.checkpoint.eight_bit import eight_bit_reason
 from model.checkpoint.fetch import find
-from model.checkpoint.four_bit import four_bit_reason
 from model.compression import compressed_config, parse_compression
 from model.config import ModelConfig
-from model.runners.choose import SelectedRunner, choose_runner
+from model.runners.choose import SelectedRunner
 from model.runners.encoding import is_encoder
 from service.doctor import Finding, Level
 from service.encoders import load_encoder_card
 from service.errors import StartupError
 from service.settings import Settings
-from service.startup import load_tokenizer, runner_options
+from service.startup import load_tokenizer, runner_options, select_runner
 
 
 def check_models(settings: Settings) -> Iterator[tuple[Finding, ModelConfig | None]]:
@@ -56,15 +54,7 @@ def check_models(settings: Settings) -> Iterator[tuple[Finding, ModelConfig | No
 def _choose(path: Path, settings: Settings) -> tuple[ModelConfig, SelectedRunner]:
     checkpoint = open_checkpoint(path)
     _, config = configure(checkpoint)
-    choice = choose_runner(
-        settings.runner,
-        config,
-        runner_options(settings),
-        num_ranks=settings.tensor_parallel,
-        is_alone=settings.is_embedded,
-        four_bit_reason=four_bit_reason(checkpoint),
-        eight_bit_reason=eight_bit_reason(checkpoint),
-    )
+    choice = select_runner(settings, checkpoint, config, runner_options(settings))
     compression = parse_compression(settings.kv_compression)
     return compressed_config(config, compression), choice
 

@@ -30,7 +30,7 @@ from contextlib import contextmanager, suppress
 
 import numpy as np
 
-from model.batch import Bools, Floats, Words
+from model.batch import Floats, Words, unpack_masks
 from model.grammar import GrammarError, Grammars, Matcher
 from service.engine.thinking import FreeMasks, ThinkingMatcher
 from service.errors import BadRequest
@@ -177,7 +177,7 @@ class Guide:
         if self.failed:
             self.ready = False
             return None
-        allowed_V = _bits_of(self._masks_MW[0])[: len(logits_V)]
+        allowed_V = unpack_masks(self._masks_MW[:1], len(logits_V))[0]
         values_V = np.where(allowed_V & (logits_V > -np.inf), logits_V, -np.inf)  # without any NaN
         best = int(values_V.argmax())
         return best if values_V[best] > -np.inf else 0  # as samplers do
@@ -270,7 +270,8 @@ class Guide:
         """The longest of the allowed tokens, if all others are prefixes of it."""
         if np.count_nonzero(mask_W) > _FEW:
             return None
-        tokens: list[int] = np.flatnonzero(_bits_of(mask_W)).tolist()
+        allowed_V = unpack_masks(mask_W[None], len(mask_W) * _WORD)[0]
+        tokens: list[int] = np.flatnonzero(allowed_V).tolist()
         if len(tokens) == 1:
             return tokens[0]
         texts = [self._token_bytes[token] for token in tokens]
@@ -386,17 +387,14 @@ def _may_follow(matcher: Matcher | ThinkingMatcher, token: int) -> bool:
     return matcher.num_allowed((token,)) == 1
 
 
-def _bits_of(mask_W: Words) -> Bools:
-    """Whether a mask allows each token, with some more entries at the end."""
-    return np.unpackbits(mask_W.view(np.uint8), bitorder="little").view(np.bool_)
-
-
 def _nearest(logits_V: Floats, token: int) -> list[int]:
     """The tokens after the argmax by falling logits, the lower id first among equals: some of those
     near it.
     """
     near = np.flatnonzero(logits_V > logits_V[token] - _NEAR)
-    if len(near) > 2 * _TRIES:
+    if (
+        len(near) > 2 * _TRIES
+    ):  # few are sorted; equals of the first that is dropped are dropped, too
         logits = logits_V[near]
         near = near[logits > -np.partition(-logits, _TRIES + 1)[_TRIES + 1]]
     order = np.argsort(-logits_V[near], kind="stable")

@@ -104,10 +104,7 @@ CASES = [
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("num_blocks", "seed"),
-    [pytest.param(*case, marks=[pytest.mark.slow] if case != (80, 0) else []) for case in CASES],
-)
+@pytest.mark.parametrize(("num_blocks", "seed"), CASES)
 async def test_a_flood_at_most_doubles_the_wait_of_others(num_blocks: int, seed: int) -> None:
     quiet = make_work(random.Random(seed), "quiet", NUM_QUIET, answer=4)
     flood = make_work(random.Random(seed + 1000), "flood", NUM_FLOOD, answer=12)

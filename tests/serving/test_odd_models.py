@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from model.native.library import NativeLibrary
 from service.engine.inbox import Work
 from service.engine.loop import EngineLoop
 from service.engine.observer import Observer
@@ -104,3 +105,17 @@ def test_a_split_model_is_served_under_its_own_name(tiny_model: TinyModel, tmp_p
         sampling=SamplingParams(seed=0, temperature=0.0),
     )
     assert answer(split, request) == answer(whole, request)
+
+
+@pytest.mark.parametrize(("queue", "bits"), [("memory://", 4), ("redis://127.0.0.1/0", 8)])
+def test_the_bits_of_a_file_are_kept_if_no_other_cpu_continues_answers(
+    default_model: Path, monkeypatch: pytest.MonkeyPatch, queue: str, bits: int
+) -> None:
+    """On a CPU that is faster with 4; loading does not connect to the queue."""
+    monkeypatch.setattr(
+        "model.runners.native.FOUR_BIT_VARIANTS", frozenset(NativeLibrary().variants)
+    )
+    settings = Settings(queue=queue, device="cpu", threads=1, kv_memory=4 * 1024**2)
+    loaded = load_engine(settings, ModelSource(str(default_model)), default_model)
+    assert loaded.runner.numeric_class.startswith(f"native-int{bits}-")
+    loaded.runner.close()
