@@ -63,14 +63,16 @@ class SamplingParams:
     )
 
     @property
-    def penalises(self) -> bool:
-        """Whether earlier tokens change the logits."""
+    def counts_tokens(self) -> bool:
+        """Whether logits depend on how often tokens occurred."""
         return bool(
-            self.presence_penalty
-            or self.frequency_penalty
-            or self.repetition_penalty != 1.0
-            or any(len(sequence) > 1 for sequence in self.banned)
+            self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1.0
         )
+
+    @property
+    def bans_sequences(self) -> bool:
+        """Whether logits depend on the last tokens."""
+        return any(len(sequence) > 1 for sequence in self.banned)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -66,8 +66,8 @@ class OverlappedRunner(Runner, Protocol):
 
         `unread_T` marks rows whose token the host has not read yet: the newest token sampled in
         the sequence's batch slot, by the step launched before. `tokens_T` is ignored there.
-        Raises ValueError if such a row has penalties, a mask or a score: those depend on the
-        unread token.
+        Raises ValueError if such a row has a mask, a score or, unless the runner counts unread
+        tokens, penalties: those depend on the unread token.
         """
         ...
 
@@ -81,14 +81,22 @@ def overlapped(runner: Runner) -> OverlappedRunner | None:
     return cast("OverlappedRunner", runner) if getattr(runner, "launch", None) else None
 
 
-def check_unread(batch: Batch, unread_T: Bools) -> None:
+def check_unread(batch: Batch, unread_T: Bools, *, counts: bool = False) -> None:
     """Raises ValueError if what a row with an unread token yields depends on that token, besides
-    its logits.
+    its logits and, if the runner `counts` it, penalties.
     """
     sampling = batch.sampling
-    rows = np.concatenate([sampling.penalty_rows_P, sampling.mask_rows_M])
+    rows = sampling.mask_rows_M
+    if not counts:
+        rows = np.concatenate([sampling.penalty_rows_P, rows])
     if unread_T[batch.sample_rows_R[rows]].any() or unread_T[batch.score_rows_Q].any():
-        raise ValueError("a row whose token is unread has no penalties, masks or scores")
+        penalties = "" if counts else "penalties, "
+        raise ValueError(f"a row whose token is unread has no {penalties}masks or scores")
+
+
+def counts_unread(runner: Runner) -> bool:
+    """Whether it counts the unread token of a row for penalties: that of entries for `UNREAD`."""
+    return getattr(runner, "counts_unread", False)
 
 
 def keeps_logits(runner: Runner) -> bool:

@@ -378,7 +378,7 @@ class Guides:
 def _takes_argmax(request: GenerationRequest) -> bool:
     """Whether an output takes the argmax of its unmodified logits, and those are not reported."""
     params = request.sampling
-    adjusted = params.penalises or params.logit_bias or params.banned or request.min_tokens
+    adjusted = params.counts_tokens or params.logit_bias or params.banned or request.min_tokens
     scored = params.top_logprobs is not None or request.thinking is not None
     return params.temperature == 0 and not (adjusted or scored)
 

@@ -21,7 +21,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from model.compression import Anchors
-from model.runners import keeps_logits, overlapped
+from model.runners import counts_unread, keeps_logits, overlapped
 from model.segments import anchor_ids
 from service.engine.adapters import Adapters
 from service.engine.blocks import BlockAllocator
@@ -97,6 +97,7 @@ class EngineLoop(EngineThread):
             speculator=speculator,
             anchor_ids=anchors,
             adapters=numbered,
+            counts_unread=counts_unread(runner),
         )
         vocab_size = runner.config.vocab_size
         packer = Packer(

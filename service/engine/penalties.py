@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from model.batch import Ints
+from model.batch import UNREAD, Ints
 from service.engine.sequence import Sequence
 
 
@@ -23,8 +23,12 @@ class PenaltyCounts:
         self._num_read = 0
 
     def rows(self, sequence: Sequence, drafts: list[int]) -> list[tuple[Ints, Ints]]:
-        """Distinct ids and counts: over the output so far, then including each of the drafts."""
+        """Distinct ids and counts: over the output so far, then including each of the drafts. A
+        token that is not read yet comes last, as one more.
+        """
         ids, counts = self._read(sequence)
+        if sequence.num_unread:
+            return [(np.append(ids, UNREAD), np.append(counts, np.int32(1)))]
         rows = [(ids, counts)]
         for draft in drafts:
             place = np.flatnonzero(ids == draft)
@@ -44,7 +48,7 @@ class PenaltyCounts:
                 self._grow()
             self._ids[index] = token
             self._counts[index] += 1
-        self._num_read = sequence.num_output
+        self._num_read = len(sequence.tokens) - sequence.num_prompt
         return self._ids[: len(self._index)], self._counts[: len(self._index)]
 
     def _grow(self) -> None:

@@ -64,6 +64,7 @@ class Sequence:
     deadline: float | None = None  # on the engine's monotonic clock, seconds
     guide: Guide | None = None  # of its grammar; `OutputBuilder` advances it
     source: Source | None = None  # of an encoder-decoder
+    counts_unread: bool = False  # the runner counts an unread token (`model.runners`)
     status: SequenceStatus = SequenceStatus.WAITING
     batch_slot: int | None = None  # while it runs
     blocks: list[int] = field(default_factory=list)  # its block table
@@ -82,12 +83,16 @@ class Sequence:
     id: str = field(init=False)
     tenant: str = field(init=False)
     num_prompt: int = field(init=False)  # tokens, without a source's
+    needs_tokens: bool = field(init=False)  # see `chooses_by_tokens`
     max_total_tokens: int = field(init=False)  # prompt and output, without a source
 
     def __post_init__(self) -> None:
         self.id, self.tenant = self.request.id, self.request.tenant
         self.num_prompt = len(self.request.prompt_ids) - self.request.source
         self.max_total_tokens = self.request.max_total_tokens - self.request.source
+        params = self.request.sampling
+        counts = params.counts_tokens and not self.counts_unread
+        self.needs_tokens = counts or params.bans_sequences or bool(params.allowed)
 
     @property
     def lacks_source(self) -> bool:
@@ -149,9 +154,9 @@ class Sequence:
         of penalties or a grammar. Runners take no mask for a row whose token is unread, not even
         one that never changes.
         """
-        params = self.request.sampling
-        binds = self.guide is not None and self.guide.binds(self.num_unread + 1)
-        return binds or params.penalises or bool(params.allowed)
+        if self.guide is not None and self.guide.binds(self.num_unread + 1):
+            return True
+        return self.needs_tokens
 
     @property
     def scores_prompt(self) -> bool:

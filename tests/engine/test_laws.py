@@ -14,6 +14,7 @@ from tests.engine.harness import CONFIG, Rig, expected, make_request, random_req
 from tests.support.fakes import (
     EOS_ID,
     VOCAB_SIZE,
+    CountingOracle,
     OracleRunner,
     OverlappedOracle,
     oracle_answer,
@@ -37,7 +38,11 @@ def random_config(draw: random.Random) -> EngineConfig:
     )
 
 
-@pytest.fixture(autouse=True, params=[OracleRunner, OverlappedOracle], ids=["", "overlapped"])
+@pytest.fixture(
+    autouse=True,
+    params=[OracleRunner, OverlappedOracle, CountingOracle],
+    ids=["", "overlapped", "counting"],
+)
 def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> type[OracleRunner]:
     """What the engine runs on: no law knows whether steps overlap."""
     kind: type[OracleRunner] = request.param
@@ -347,7 +352,7 @@ def test_a_deadline_ends_the_request_at_the_next_step_running_or_waiting(
     rig.step()
     running = rig.transcripts["running"].end
     assert running is not None
-    read = 1 if kind is OverlappedOracle else 2  # of the two steps before
+    read = 2 if kind is OracleRunner else 1  # of the two steps before
     assert (running.count, running.reason) == (read, FinishReason.DEADLINE)
     rig.run()
     assert rig.transcripts["patient"].result == expected(make_long("patient"))

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import random
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
+import numpy as np
 import pytest
 
 from service.engine.pipeline import Pipeline
 from service.engine.plan import Plan
 from service.messages import GenerationRequest
 from tests.engine.harness import CONFIG, Rig, expected, make_request, random_request
-from tests.support.fakes import OracleRunner, OverlappedOracle
+from tests.support.fakes import VOCAB_SIZE, CountingOracle, OracleRunner, OverlappedOracle
 
 
 def overlapped_rig(**fields: Any) -> tuple[Rig, OverlappedOracle]:
@@ -47,7 +48,11 @@ def test_an_end_that_nobody_could_know_wastes_one_row() -> None:
     ends = {True: 0, False: 0}
     for seed in range(150):
         request = random_request(random.Random(seed), "r")
-        if request.sampling.penalises or request.sampling.allowed:
+        if (
+            request.sampling.counts_tokens
+            or request.sampling.bans_sequences
+            or request.sampling.allowed
+        ):
             continue
         rig, _ = overlapped_rig()
         plain = Rig()
@@ -70,6 +75,28 @@ def test_who_chooses_by_the_token_before_is_read_first(sampling: dict[str, float
     assert runner.most_ahead == 1
     rig.run(long("other"))
     assert runner.most_ahead == 2
+
+
+def test_penalties_wait_for_no_token_if_the_runner_counts_it() -> None:
+    """A text of few tokens, so that an unread one is often counted already; a banned sequence is
+    compared with the tokens, which the host needs for it.
+    """
+    penalties = {"presence_penalty": 0.5, "repetition_penalty": 1.1}
+    few = {"logit_bias": tuple((token, -np.inf) for token in range(4, VOCAB_SIZE))}
+    for number in range(9):
+        request = long(
+            f"r{number}",
+            prompt=[number] * 3,
+            max_tokens=20,
+            sampling=penalties | few | {"seed": number},
+        )
+        rig = Rig(kind=CountingOracle)
+        assert rig.run(request)[request.id].result == expected(request)
+        assert cast("CountingOracle", rig.runner).most_ahead == 2
+    banned = replace(request, sampling=replace(request.sampling, banned=((1, 2),)))
+    rig = Rig(kind=CountingOracle)
+    assert rig.run(banned)[banned.id].result == expected(banned)
+    assert cast("CountingOracle", rig.runner).most_ahead == 1
 
 
 def test_a_sequence_that_lost_its_seat_unread_comes_back_with_its_token() -> None:

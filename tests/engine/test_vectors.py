@@ -60,8 +60,9 @@ def test_a_cosine_depends_on_directions_alone(rows: np.ndarray, factor: float) -
     (cosine,) = cosines(a, b)
     assert -1 <= cosine <= 1
     assert cosines(b, a) == [cosine]
-    (scaled,) = cosines(a * np.float32(factor), b)
-    assert math.isclose(scaled, cosine, abs_tol=1e-5)
+    if np.abs(a).max() > 1e-30:  # of smaller numbers a product has few bits
+        (scaled,) = cosines(a * np.float32(factor), b)
+        assert math.isclose(scaled, cosine, abs_tol=1e-5)
     (itself,) = cosines(a, a)
     assert math.isclose(itself, 1, rel_tol=1e-9) or not a.any() or itself == 0
 

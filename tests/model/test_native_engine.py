@@ -75,14 +75,20 @@ class Run(Observer):
 
 
 def make_requests(seed: int) -> list[GenerationRequest]:
-    """Greedy ones and sampled ones; some begin alike, and all have something to copy."""
+    """Greedy and sampled ones, some with penalties; some begin alike, and all have something to
+    copy.
+    """
     draw = random.Random(seed)
     shared = [draw.randrange(97) for _ in range(48)]
     requests = []
     for index in range(7):
         own = [draw.randrange(97) for _ in range(draw.randint(1, 12))] * 2
         sampling = SamplingParams(
-            seed=draw.randrange(2**64), temperature=draw.choice([0.0, 0.3, 1.0]), top_logprobs=3
+            seed=draw.randrange(2**64),
+            temperature=draw.choice([0.0, 0.3, 1.0]),
+            top_logprobs=3,
+            frequency_penalty=0.7 if index % 3 == 2 else 0.0,
+            repetition_penalty=1.2 if index % 4 == 1 else 1.0,
         )
         requests.append(
             GenerationRequest(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -9,13 +10,19 @@ from typing import Any
 import numpy as np
 import pytest
 
-from model.batch import Batch, StepOutput
+from model.batch import UNREAD, Batch, StepOutput
 from model.config import ModelConfig
 from model.runners.native import NativeRunner
 from tests.support.builders import Piece, make_batch, tiny_weights
 
 UNKNOWN = 0  # where the runner has the token
-WAYS: list[dict[str, Any]] = [{}, {"temperature": 0.9, "seed": 5}, {"temperature": 1.3, "seed": 6}]
+VOCAB_SIZE = 97
+PENALTIES = {"frequency_penalty": 3.0, "presence_penalty": 0.5, "repetition_penalty": 1.3}
+WAYS: list[dict[str, Any]] = [
+    PENALTIES,
+    {"temperature": 0.9, "seed": 5, **PENALTIES},
+    {"temperature": 1.3, "seed": 6},
+]
 PROMPTS = [[1, 2, 3, 4], [5, 6], [7, 8, 9, 10, 11, 12, 13]]
 Build = Callable[..., NativeRunner]
 
@@ -33,12 +40,28 @@ def step(texts: list[list[int]], counts: list[int], order: list[int], *, index: 
         )
         for number in order
     ]
-    return make_batch(pieces, num_top=2)
+    batch = make_batch(pieces, num_top=2)
+    return replace(batch, sampling=replace(batch.sampling, **penalties(texts, order)))
+
+
+def penalties(texts: list[list[int]], order: list[int]) -> dict[str, Any]:
+    """Of the first two sequences. One of them lists every token, so that an unread one is among
+    them; the other one those that were read, so that it often is not.
+    """
+    entries = []
+    for row, number in enumerate(order):
+        counts = Counter(texts[number])
+        unread = counts.pop(UNKNOWN, 0)
+        listed = {0: range(1, VOCAB_SIZE), 1: counts}.get(number, ())
+        entries += [(row, token, counts[token]) for token in listed]
+        entries += [(row, int(UNREAD), unread)] if unread and number < 2 else []
+    rows, ids, times = np.array(entries, np.int32).reshape(-1, 3).T
+    return {"penalty_rows_P": rows, "penalty_ids_P": ids, "penalty_counts_P": times}
 
 
 @pytest.fixture
 def build(native_config: Callable[..., ModelConfig], native: Build) -> Callable[[], NativeRunner]:
-    config = native_config()
+    config = native_config(vocab_size=VOCAB_SIZE)
     weights = tiny_weights(config)
     return lambda: native(config, weights, num_threads=2)
 
@@ -90,8 +113,16 @@ def test_a_step_reads_only_what_was_launched(build: Callable[[], NativeRunner]) 
     with pytest.raises(ValueError, match="slot 2 has no token in flight"):
         runner.launch(later, unread_T=unread_T)
     masked = replace(later.sampling, mask_rows_M=np.array([1], np.int32))
-    with pytest.raises(ValueError, match="has no penalties, masks or scores"):
+    with pytest.raises(ValueError, match="has no masks or scores"):
         runner.launch(replace(later, sampling=masked), unread_T=unread_T)
+    unread = replace(later.sampling, penalty_rows_P=np.zeros(1, np.int32))
+    unread = replace(
+        unread, penalty_ids_P=np.full(1, UNREAD), penalty_counts_P=np.ones(1, np.int32)
+    )
+    with pytest.raises(ValueError, match="token id outside the vocabulary"):
+        runner.launch(
+            replace(later, sampling=replace(unread, penalty_ids_P=np.full(1, 2 * UNREAD)))
+        )
     with pytest.raises(ValueError, match="launched steps must be collected first"):
         runner.run(first)
     with pytest.raises(ValueError, match="in the order they were launched"):

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from model.batch import Batch, Bools, SamplingBatch, StepOutput, unpack_masks
+from model.batch import UNREAD, Batch, Bools, SamplingBatch, StepOutput, unpack_masks
 from model.config import ModelConfig
 from model.runners import StepHandle
 from service.api.http.context import Probes
@@ -178,6 +178,7 @@ class Overlapping:
 
     most_sampled = 64
     beside_host = True
+    counts_unread = False
 
     def __init__(self, **fields: Any) -> None:
         super().__init__(**fields)
@@ -198,15 +199,17 @@ class Overlapping:
         tokens_T = batch.tokens_T.copy()
         if unread_T is not None:
             sampling = batch.sampling
-            told = {*sampling.penalty_rows_P.tolist(), *sampling.mask_rows_M.tolist()}
-            told.update(sampling.open_rows_L.tolist())
+            told = {*sampling.mask_rows_M.tolist(), *sampling.open_rows_L.tolist()}
+            if not self.counts_unread:
+                told.update(sampling.penalty_rows_P.tolist())
             assert not unread_T[batch.sample_rows_R[sorted(told)]].any()
             assert not unread_T[batch.score_rows_Q].any()
             assert self._under_way, "somebody has read every token"
             for row in np.flatnonzero(unread_T):
                 tokens_T[row] = self._sampled[int(seats_T[row])]
         compute = super().run  # type: ignore[misc]  # of the runner that it stands before
-        output: StepOutput = compute(replace(batch, tokens_T=tokens_T))
+        sampling = _counted(batch.sampling, tokens_T[batch.sample_rows_R])
+        output: StepOutput = compute(replace(batch, tokens_T=tokens_T, sampling=sampling))
         sampled = zip(seats_T[batch.sample_rows_R].tolist(), output.tokens_R.tolist(), strict=True)
         self._sampled.update(sampled)
         handle = StepHandle(self._steps)
@@ -224,6 +227,28 @@ class Overlapping:
 
 class OverlappedOracle(Overlapping, OracleRunner):
     """The oracle, one step ahead."""
+
+
+class CountingOracle(OverlappedOracle):
+    """One that counts unread tokens for penalties."""
+
+    counts_unread = True
+
+
+def _counted(sampling: SamplingBatch, tokens_R: np.ndarray) -> SamplingBatch:
+    """With the tokens that rows read in place of UNREAD: as one more, or as a new entry."""
+    entries: dict[tuple[int, int], int] = {}
+    columns = (sampling.penalty_rows_P, sampling.penalty_ids_P, sampling.penalty_counts_P)
+    for row, token, count in zip(*(column.tolist() for column in columns), strict=True):
+        place = row, tokens_R[row].item() if token == UNREAD else token
+        entries[place] = entries.get(place, 0) + count
+    rows, ids = zip(*entries, strict=True) if entries else ((), ())
+    return replace(
+        sampling,
+        penalty_rows_P=np.array(rows, np.int32),
+        penalty_ids_P=np.array(ids, np.int32),
+        penalty_counts_P=np.array([*entries.values()], np.int32),
+    )
 
 
 def _settings(sampling: SamplingBatch, row: int) -> tuple[float, ...]:
