@@ -328,7 +328,7 @@ class NativeModel:
         """Starts a step, which is computed after those launched before, and returns at once.
 
         `unread_T`: where a token is not known yet, its place in the `tokens_R` of the last step
-        with rows launched before; elsewhere -1. The caller keeps the step and `unread_T` until
+        launched before that chose any; elsewhere -1. The caller keeps the step and `unread_T` until
         `collect` returns its tokens. Raises ValueError for one that does not fit the model.
         """
         unread = None if unread_T is None else unread_T.ctypes.data

@@ -14,7 +14,7 @@ from typing import Any, Protocol, cast
 import numpy as np
 
 from model.adapters import Adapter
-from model.batch import Batch, Bools, StepOutput
+from model.batch import Batch, Bools, SamplingBatch, StepOutput
 from model.compression import check_compression
 from model.config import ModelConfig
 
@@ -76,6 +76,25 @@ class OverlappedRunner(Runner, Protocol):
         ...
 
 
+class DeferringRunner(OverlappedRunner, Protocol):
+    """One that computes the layers of a step before it knows how the step samples.
+
+        launch(N + 1, deferred)   collect(N)   sample(N + 1)   launch(N + 2, deferred) ...
+
+    So masks that depend on the tokens of step N are computed beside the layers of step N + 1.
+    """
+
+    def launch(
+        self, batch: Batch, *, unread_T: Bools | None = None, deferred: bool = False
+    ) -> StepHandle:
+        """As above. `deferred`: the sampling of `batch` is not read."""
+        ...
+
+    def sample(self, handle: StepHandle, sampling: SamplingBatch) -> None:
+        """Samples the newest step. Raises ValueError if that was not deferred."""
+        ...
+
+
 def overlapped(runner: Runner) -> OverlappedRunner | None:
     """The runner, if it can launch steps ahead."""
     return cast("OverlappedRunner", runner) if getattr(runner, "launch", None) else None
@@ -92,6 +111,11 @@ def check_unread(batch: Batch, unread_T: Bools, *, counts: bool = False) -> None
     if unread_T[batch.sample_rows_R[rows]].any() or unread_T[batch.score_rows_Q].any():
         penalties = "" if counts else "penalties, "
         raise ValueError(f"a row whose token is unread has no {penalties}masks or scores")
+
+
+def deferring(runner: Runner) -> DeferringRunner | None:
+    """The runner, if it can sample later than it launches."""
+    return cast("DeferringRunner", runner) if getattr(runner, "sample", None) else None
 
 
 def counts_unread(runner: Runner) -> bool:

@@ -17,8 +17,9 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -46,6 +47,12 @@ COMPUTE_ROWS = 32  # from this many rows on, a step is compute-bound; below, mem
 FOUR_BIT_VARIANTS = frozenset({"avx2"})  # that multiply 4 bits faster than 8, at any number of rows
 _MAX_INPUTS = 65_536  # of a product: its sums must fit 32 bits
 
+_NO_LAYERS: Mapping[str, Any] = {  # of a step of the head alone
+    "tokens_T": np.zeros(0, np.int32),
+    "positions_T": np.zeros(0, np.int32),
+    "query_starts_S1": np.zeros(1, np.int32),
+    "block_table_SB": np.zeros((0, 0), np.int32),
+}
 _KV_DTYPES = ("auto", "bfloat16", "int8")
 
 
@@ -54,15 +61,19 @@ class _Flight:
     """A step for the library, which writes its results into the arrays of `output`."""
 
     handle: StepHandle
+    batch: Batch
     steps: Sequence[NativeStep]  # the first one runs the layers
+    head: NativeStep | None  # the one of them that samples; None: it is to be launched
     sampled: Logprobs
     scored: Sequence[Logprobs]
     open_LV: Floats
     kept: Ints | None  # an array that the library reads
 
     def output(self, seconds: float | None = None) -> StepOutput:
+        if self.head is None:
+            raise ValueError("a step whose sampling was deferred has to sample before it is read")
         scored = Logprobs.join(self.scored)
-        output = step_output(self.steps[0].tokens_R, self.sampled, scored, seconds=seconds)
+        output = step_output(self.head.tokens_R, self.sampled, scored, seconds=seconds)
         return replace(output, open_logits_LV=self.open_LV) if len(self.open_LV) else output
 
 
@@ -112,9 +123,11 @@ class NativeRunner:
             self._model.step(step)
         return flight.output()
 
-    def launch(self, batch: Batch, *, unread_T: Bools | None = None) -> StepHandle:
+    def launch(
+        self, batch: Batch, *, unread_T: Bools | None = None, deferred: bool = False
+    ) -> StepHandle:
         unread_rows_T = None if unread_T is None else self._unread(batch, unread_T)
-        flight = self._flight(batch, self._launched, unread_rows_T)
+        flight = self._flight(batch, self._launched, unread_rows_T, deferred=deferred)
         for step in flight.steps:
             self._model.launch(step, unread_T=unread_rows_T)
             unread_rows_T = None
@@ -122,6 +135,22 @@ class NativeRunner:
         self._newest = batch
         self._launched += 1
         return flight.handle
+
+    def sample(self, handle: StepHandle, sampling: SamplingBatch) -> None:
+        if not self._flights or self._flights[-1].handle != handle or self._flights[-1].head:
+            raise ValueError("only the newest step samples later, if that was deferred")
+        flight = self._flights.pop()
+        head, logprobs, open_LV = self._head(flight.batch, sampling, _NO_LAYERS)
+        self._model.launch(head)
+        self._flights.append(
+            replace(
+                flight,
+                steps=[*flight.steps, head],
+                head=head,
+                sampled=logprobs,
+                open_LV=open_LV,
+            )
+        )
 
     def collect(self, handle: StepHandle) -> StepOutput:
         if not self._flights or self._flights[0].handle != handle:
@@ -163,33 +192,63 @@ class NativeRunner:
         if packed.pays:
             packed.write()
 
-    def _flight(self, batch: Batch, number: int, unread_rows_T: Ints | None = None) -> _Flight:
+    def _flight(
+        self,
+        batch: Batch,
+        number: int,
+        unread_rows_T: Ints | None = None,
+        *,
+        deferred: bool = False,
+    ) -> _Flight:
         """What the library computes for a batch: the layers, then scores of given tokens."""
-        sampling = None
-        if not is_greedy(batch.sampling):
-            sampling = NativeSampling.of(batch.sampling, vocab_size=self.config.vocab_size)
-        open_rows_L = batch.sampling.open_rows_L
-        open_LV = self._room(len(open_rows_L))
-        layers = NativeStep(
-            tokens_T=batch.tokens_T if unread_rows_T is None else batch.tokens_T.copy(),
-            positions_T=batch.positions_T,
-            query_starts_S1=batch.query_starts_S1,
-            block_table_SB=batch.block_table_SB,
-            output_rows_R=batch.sample_rows_R,
-            logits=dict(zip(open_rows_L.tolist(), open_LV, strict=True)),
-            sampling=sampling,
-            keeps_rows=len(batch.score_rows_Q) > 0,
-            adapters_S=batch.adapters_S if batch.adapters_S.size else None,
-        )
+        layers: dict[str, Any] = {
+            "tokens_T": batch.tokens_T if unread_rows_T is None else batch.tokens_T.copy(),
+            "positions_T": batch.positions_T,
+            "query_starts_S1": batch.query_starts_S1,
+            "block_table_SB": batch.block_table_SB,
+        }
+        if batch.adapters_S.size:
+            layers["adapters_S"] = batch.adapters_S
+        if deferred:
+            none_R = batch.sample_rows_R[:0]
+            first = NativeStep(**layers, output_rows_R=none_R, keeps_rows=True)
+            logprobs, open_LV = NO_LOGPROBS, self._open_LV[:0]
+        else:
+            keeps = len(batch.score_rows_Q) > 0
+            first, logprobs, open_LV = self._head(batch, batch.sampling, layers, keeps_rows=keeps)
         scores = list(self._scores(batch))
         return _Flight(
             handle=StepHandle(number),
-            steps=[layers, *(step for step, _ in scores)],
-            sampled=NO_LOGPROBS if sampling is None else sampling.logprobs,
+            batch=batch,
+            steps=[first, *(step for step, _ in scores)],
+            head=None if deferred else first,
+            sampled=logprobs,
             scored=[logprobs for _, logprobs in scores],
             open_LV=open_LV,
             kept=unread_rows_T,
         )
+
+    def _head(
+        self,
+        batch: Batch,
+        sampling: SamplingBatch,
+        layers: Mapping[str, Any],
+        *,
+        keeps_rows: bool = False,
+    ) -> tuple[NativeStep, Logprobs, Floats]:
+        """A step that samples, where its log probabilities appear and the logits of open rows."""
+        columns = None
+        if not is_greedy(sampling):
+            columns = NativeSampling.of(sampling, vocab_size=self.config.vocab_size)
+        open_LV = self._room(len(sampling.open_rows_L))
+        step = NativeStep(
+            **layers,
+            output_rows_R=batch.sample_rows_R,
+            logits=dict(zip(sampling.open_rows_L.tolist(), open_LV, strict=True)),
+            sampling=columns,
+            keeps_rows=keeps_rows,
+        )
+        return step, NO_LOGPROBS if columns is None else columns.logprobs, open_LV
 
     def _unread(self, batch: Batch, unread_T: Bools) -> Ints:
         """For each row the output of the newest step that is its token, or -1."""
@@ -214,21 +273,13 @@ class NativeRunner:
 
     def _scores(self, batch: Batch) -> Iterator[tuple[NativeStep, Logprobs]]:
         """Steps that score given tokens after rows of the layers' step, and where scores appear."""
-        empty, V = np.zeros(0, np.int32), self.config.vocab_size
+        V = self.config.vocab_size
         for start in range(0, len(batch.score_rows_Q), SCORED_AT_ONCE):
             part = slice(start, start + SCORED_AT_ONCE)
             rows_Q = batch.score_rows_Q[part]
             plain = SamplingBatch.plain(len(rows_Q), vocab_size=V, num_top=batch.score_num_top)
             given = NativeSampling.of(plain, vocab_size=V, given_R=batch.score_ids_Q[part])
-            step = NativeStep(
-                tokens_T=empty,
-                positions_T=empty,
-                query_starts_S1=np.zeros(1, np.int32),
-                block_table_SB=np.zeros((0, 0), np.int32),
-                output_rows_R=rows_Q,
-                sampling=given,
-            )
-            yield step, given.logprobs
+            yield NativeStep(**_NO_LAYERS, output_rows_R=rows_Q, sampling=given), given.logprobs
 
 
 def _slots(batch: Batch, rows: npt.NDArray[np.integer]) -> list[int]:

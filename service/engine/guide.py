@@ -5,8 +5,9 @@
     masks_MW[i]                           the token after i drafts
 
 A sequence is decoded only while its guide is `ready`: the mask of its next token is computed. The
-engine computes missing masks before each step, in the order and within the time of `MaskTime`; a
-sequence whose mask has to wait skips the step, and no other sequence waits for it. Masks after
+engine computes missing masks before each step, or beside its layers if the runner defers sampling,
+in the order and within the time of `MaskTime`; a sequence whose mask has to wait skips the step,
+and no other sequence waits for it. Masks after
 drafts are computed on copies of the matcher when a step accepts the drafts.
 
 A mask costs many times what it costs to check one token. So an output that takes the argmax of its
@@ -102,7 +103,7 @@ class Guide:
         self.cost: float | None = None  # CPU seconds of the latest mask
         self.num_waits = 0  # steps since the mask was first needed
         self._matcher = matcher
-        self._takes_argmax = takes_argmax
+        self.takes_argmax = takes_argmax
         self._probes = probes
         self._has_mask = False  # of the next token
         self._num_ahead = 0  # tokens whose masks are computed ahead
@@ -124,7 +125,7 @@ class Guide:
     @property
     def is_open(self) -> bool:
         """Whether the next token is sampled without a mask, and then passed to `choose`."""
-        return self._takes_argmax and not self._has_mask
+        return self.takes_argmax and not self._has_mask
 
     @property
     def is_behind(self) -> bool:
@@ -138,7 +139,7 @@ class Guide:
             self._unread.append(token)
             self._read_next()
             self._num_ahead = max(0, self._num_ahead - 1)
-            if self._takes_argmax and not self._num_ahead:
+            if self.takes_argmax and not self._num_ahead:
                 self.ready = not (self.failed or self._matcher.ended)
 
     def compute_mask(self) -> None:
@@ -153,7 +154,7 @@ class Guide:
             self._read_next()
         if self.failed or self._matcher.ended:
             return
-        if not self._takes_argmax:
+        if not self.takes_argmax:
             self._fill(self._matcher, fails=True)
         elif self._num_ahead:
             self._fill(self._matcher.copy())
@@ -250,7 +251,7 @@ class Guide:
 
     @property
     def _may_draft(self) -> bool:
-        quick = self._takes_argmax if self.cost is None else self.cost <= _QUICK
+        quick = self.takes_argmax if self.cost is None else self.cost <= _QUICK
         return quick and self._time.left > 0 and not self.failed
 
     def _has_choice(self, matcher: Matcher | ThinkingMatcher) -> bool:

@@ -36,7 +36,7 @@ from service.engine.scheduler import Scheduler
 from service.engine.scoring import Scoring
 from service.engine.segments import SegmentPacker
 from service.engine.sequence import Sequence as EngineSequence
-from service.engine.speculate import Speculator, may_speculate
+from service.engine.speculate import FEW_TO_SPELL, Speculator, may_speculate
 from service.engine.thread import EngineThread
 from service.errors import BadRequest
 from service.messages import Event, FinishReason, GenerationRequest, ModelCard
@@ -78,9 +78,11 @@ class EngineLoop(EngineThread):
         if segmented:
             anchors = anchor_ids(token_bytes, eos_ids)
         speculator = None
+        self._fewest_to_defer = 0  # running sequences: see `pipeline`
         if may_speculate(config, exact=runner.exact):
             ahead = overlapped(runner)
             most_sampled = config.max_batch_tokens if ahead is None else ahead.most_sampled
+            self._fewest_to_defer = FEW_TO_SPELL
             speculator = Speculator(
                 config,
                 self._cost,
@@ -100,17 +102,16 @@ class EngineLoop(EngineThread):
             counts_unread=counts_unread(runner),
         )
         vocab_size = runner.config.vocab_size
-        packer = Packer(
+        packer = (SegmentPacker if segmented else Packer)(
             config,
             block_size=runner.block_size,
             max_model_len=self._scheduler.max_model_len,
             vocab_size=vocab_size,
             eos_ids=eos_ids,
             adapters=numbered,
+            anchor_ids=anchors,
         )
-        self._pipeline = Pipeline(
-            runner, SegmentPacker(packer, anchors) if segmented else packer, clock=clock
-        )
+        self._pipeline = Pipeline(runner, packer, clock=clock)
         self._outputs = Outputs(
             token_bytes=token_bytes,
             visible_bytes=visible_bytes or token_bytes,
@@ -160,7 +161,9 @@ class EngineLoop(EngineThread):
         if self._is_isolated:  # each token is journalled before the next is computed
             self._collect()
             self._deliver_before_step()
-        elif self._pipeline.must_be_read or (self._pipeline and self._scheduler.expects_drafts()):
+        elif self._pipeline.must_be_read(
+            may_defer=len(self._scheduler.running) >= self._fewest_to_defer
+        ) or (self._pipeline and self._scheduler.expects_drafts()):
             self._collect()
         self._enqueue_scored()
         self._compute_masks()
@@ -171,6 +174,7 @@ class EngineLoop(EngineThread):
             self._pipeline.launch(plan, meanwhile=self._deliver_before_step)
             self._scheduler.launched(plan)
             self._collect(leave=self._pipeline.most_ahead)
+            self._sample_deferred()
         else:
             self._collect()
             # An empty step is reported too: an abort may have freed blocks and left nothing to do.
@@ -224,6 +228,17 @@ class EngineLoop(EngineThread):
             if reason is not None and (sequence := self._scheduler.abort(request_id)):
                 self._end(sequence, reason)
 
+    def _sample_deferred(self) -> None:
+        """Samples the newest step, if that was deferred, with masks after the tokens just read."""
+        if (plan := self._pipeline.deferred) is None:
+            return
+        without = [each for each in plan.sampling if each.is_alive and not each.may_sample]
+        self._outputs.guides.mask_time.compute_masks(s.guide for s in without if s.guide)
+        for sequence in without:
+            if not sequence.may_sample:
+                self._scheduler.skip(plan, sequence)
+        self._pipeline.sample()
+
     def _collect(self, *, leave: int = 0) -> None:
         """Reads steps until `leave` are in flight."""
         while len(self._pipeline) > leave:
@@ -244,7 +259,9 @@ class EngineLoop(EngineThread):
             if sequence.is_alive:
                 self._outputs.score_prompt(sequence.id, scores)
         runs = [
-            self._outputs.extend(sequence.id, run, logprobs) if run and sequence.is_alive else ()
+            self._outputs.extend(sequence.id, run, logprobs)
+            if run and sequence.is_alive and sequence not in plan.skipped
+            else ()
             for sequence, run, logprobs in zip(
                 plan.sampling, result.runs, result.logprobs, strict=True
             )

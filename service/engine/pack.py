@@ -1,21 +1,23 @@
 """Packer: Plan -> Batch. `unpack` is the inverse.
 
-Only these two, `slot_state` and `penalties` use both sequences and tensors. They decide nothing.
-What is constant while a sequence holds its batch slot is in columns indexed by batch slot and
-written once; a step gathers the rows it needs, so that a decode step costs little Python per
+Only these two, `adjusted`, `slot_state` and `penalties` use both sequences and tensors. They decide
+nothing. What is constant while a sequence holds its batch slot is in columns indexed by batch slot
+and written once; a step gathers the rows it needs, so that a decode step costs little Python per
 sequence. Shapes: `model.batch`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from itertools import chain
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import numpy as np
 
 from model.batch import Batch, Bools, Floats, Ints, SamplingBatch, Seeds, Words
 from service.engine.adapters import Adapters
+from service.engine.adjusted import Adjusted, bias_columns, penalty_columns
 from service.engine.plan import EngineConfig, Plan
 from service.engine.sequence import Sequence
 from service.engine.slot_state import NO_FLOATS, NO_INTS, SlotState
@@ -23,17 +25,7 @@ from service.engine.sources import source_columns
 from service.messages import SamplingParams
 
 _NO_WORDS: Words = np.empty((0, 0), np.uint32)
-_Values = TypeVar("_Values", Ints, Floats)
 _UNREAD = 0  # placeholder for a token that only the runner has
-
-
-class _Adjusted(NamedTuple):
-    """A sequence whose logits are adjusted before sampling."""
-
-    first_row: int
-    sequence: Sequence
-    state: SlotState
-    drafts: list[int]
 
 
 class _Columns(NamedTuple):
@@ -61,8 +53,11 @@ class Packer:
         vocab_size: int,
         eos_ids: frozenset[int],
         adapters: Adapters | None = None,
+        anchor_ids: frozenset[int] = frozenset(),
     ) -> None:
+        """`anchor_ids`: for a cache compressed to anchors (see `segments`)."""
         num = config.max_sequences
+        self.anchor_ids = anchor_ids
         self._block_size = block_size
         self._vocab_size = vocab_size
         self._eos_ids = eos_ids
@@ -81,13 +76,15 @@ class Packer:
         # Columns of the last decode step and their batch slots: most often those of the next one.
         self._gathered: tuple[list[int], _Columns] | None = None
 
-    def pack(self, plan: Plan) -> Batch:
-        """The batch of a non-empty plan; sequences in the plan's order."""
+    def pack(self, plan: Plan, *, deferred: bool = False) -> Batch:
+        """The batch of a non-empty plan; sequences in the plan's order. If sampling is `deferred`,
+        `adjusted` is called when the step before has been read.
+        """
         sequences = list(plan.tokens)
         for sequence in sequences:
             self._update_slot(sequence)
         if plan.num_tokens == len(sequences) == len(plan.sampling):
-            return self._pack_decodes(plan, sequences)
+            return self._pack_decodes(plan, sequences, deferred=deferred)
         # Lists, because most steps are small: one NumPy operation costs as much as many rows.
         starts, contexts, batch_slots = [0], [], []
         positions: list[range] = []
@@ -124,6 +121,7 @@ class Packer:
                 plan,
                 self._gather(np.array(sample_slots, np.int32)),
                 np.array(outputs, np.int32),
+                deferred=deferred,
             ),
             score_rows_Q=score_rows_Q,
             score_ids_Q=score_ids_Q,
@@ -131,7 +129,7 @@ class Packer:
             sources=source_columns(sequences),
         )
 
-    def _pack_decodes(self, plan: Plan, sequences: list[Sequence]) -> Batch:
+    def _pack_decodes(self, plan: Plan, sequences: list[Sequence], *, deferred: bool) -> Batch:
         """The same for steps of one token per sequence, its last. They are the most frequent ones,
         and little changes between them.
         """
@@ -155,7 +153,7 @@ class Packer:
             batch_slots_S=columns.batch_slots_R,
             adapters_S=columns.adapters_R,
             sample_rows_R=self._counting[:count],
-            sampling=self._sampling(plan, columns, outputs_R),
+            sampling=self._sampling(plan, columns, outputs_R, deferred=deferred),
             score_rows_Q=score_rows_Q,
             score_ids_Q=score_ids_Q,
             score_num_top=score_num_top,
@@ -212,14 +210,12 @@ class Packer:
             int(self._num_tops[batch_slots_R].max(initial=0)),
         )
 
-    def _sampling(self, plan: Plan, columns: _Columns, indices_R: Ints) -> SamplingBatch:
+    def _sampling(
+        self, plan: Plan, columns: _Columns, indices_R: Ints, *, deferred: bool
+    ) -> SamplingBatch:
         """Everything that the sampled tokens depend on, besides the logits."""
-        adjusted = list(self._adjusted(plan))
-        penalty_rows, penalty_ids, penalty_counts = _penalties(adjusted)
-        bias_rows, bias_ids, bias_values = _biases(adjusted)
-        mask_rows, masks, open_rows = self._masks(plan)
         temperatures_R, top_ps_R, min_ps_R, presence_R, frequency_R, repetition_R = columns.floats_R
-        return SamplingBatch(
+        sampling = SamplingBatch(
             seeds_R=columns.seeds_R,
             choices_R=columns.choices_R,
             indices_R=indices_R,
@@ -230,14 +226,35 @@ class Packer:
             presence_R=presence_R,
             frequency_R=frequency_R,
             repetition_R=repetition_R,
+            penalty_rows_P=NO_INTS,
+            penalty_ids_P=NO_INTS,
+            penalty_counts_P=NO_INTS,
+            bias_rows_E=NO_INTS,
+            bias_ids_E=NO_INTS,
+            bias_values_E=NO_FLOATS,
+            wants_logprobs_R=columns.wants_logprobs_R,
+            num_top=columns.num_top,
+        )
+        return sampling if deferred else self.adjusted(plan, sampling)
+
+    def adjusted(
+        self, plan: Plan, sampling: SamplingBatch, *, deferred: bool = False
+    ) -> SamplingBatch:
+        """With what may depend on earlier tokens: penalties, biases and masks."""
+        rows = list(self._adjusted(plan, sampling.indices_R.tolist(), deferred=deferred))
+        mask_rows, masks, open_rows = self._masks(plan)
+        if not rows and not mask_rows.size and not open_rows.size:
+            return sampling
+        penalty_rows, penalty_ids, penalty_counts = penalty_columns(rows)
+        bias_rows, bias_ids, bias_values = bias_columns(rows)
+        return replace(
+            sampling,
             penalty_rows_P=penalty_rows,
             penalty_ids_P=penalty_ids,
             penalty_counts_P=penalty_counts,
             bias_rows_E=bias_rows,
             bias_ids_E=bias_ids,
             bias_values_E=bias_values,
-            wants_logprobs_R=columns.wants_logprobs_R,
-            num_top=columns.num_top,
             mask_rows_M=mask_rows,
             masks_MW=masks,
             open_rows_L=open_rows,
@@ -251,13 +268,15 @@ class Packer:
         row = 0
         for sequence in plan.sampling:
             num = 1 + len(plan.drafts.get(sequence, ()))
-            state = self._states[_slot_of(sequence)]
+            state = self._state_of(sequence)
             if sequence.guide is not None and sequence.guide.is_open:
                 open_rows.append(row)
+            elif state is None:
+                pass
             elif sequence.guide is not None and sequence.guide.binds(num):
                 rows.extend(range(row, row + num))
                 masks.append(sequence.guide.masks(num))
-            elif state is not None and state.mask is not None:
+            elif state.mask is not None:
                 rows.extend(range(row, row + num))
                 masks.append(np.tile(state.mask, (num, 1)))
             row += num
@@ -266,14 +285,19 @@ class Packer:
             return NO_INTS, _NO_WORDS, open_rows_L
         return np.array(rows, np.int32), np.concatenate(masks), open_rows_L
 
-    def _adjusted(self, plan: Plan) -> Iterator[_Adjusted]:
+    def _adjusted(self, plan: Plan, indices: list[int], *, deferred: bool) -> Iterator[Adjusted]:
         row = 0
         for sequence in plan.sampling:
-            state = self._states[_slot_of(sequence)]
+            state = self._state_of(sequence)
             drafts = plan.drafts.get(sequence, [])
             if state is not None and state.adjusts:
-                yield _Adjusted(row, sequence, state, drafts)
+                unread = not deferred and sequence.num_unread > 0
+                yield Adjusted(row, indices[row], unread, sequence, state, drafts)
             row += 1 + len(drafts)
+
+    def _state_of(self, sequence: Sequence) -> SlotState | None:
+        """None if the sequence ended after the plan was made: nobody reads what it samples."""
+        return None if sequence.batch_slot is None else self._states[sequence.batch_slot]
 
 
 def unread_rows(plan: Plan) -> Bools | None:
@@ -324,38 +348,3 @@ def _scores(plan: Plan, starts: Iterable[int]) -> tuple[Ints, Ints, int]:
             ids.extend(sequence.tokens[scored.start : scored.stop])
             num_top = max(num_top, sequence.request.prompt_logprobs or 0)
     return np.array(rows, np.int32), np.array(ids, np.int32), num_top
-
-
-def _penalties(adjusted: list[_Adjusted]) -> tuple[Ints, Ints, Ints]:
-    rows = [
-        (first + row, ids, counts)
-        for first, sequence, state, drafts in adjusted
-        if state.penalties is not None
-        for row, (ids, counts) in enumerate(state.penalties.rows(sequence, drafts))
-    ]
-    return _flatten(rows, NO_INTS)
-
-
-def _biases(adjusted: list[_Adjusted]) -> tuple[Ints, Ints, Floats]:
-    rows = [
-        (first + row, *state.bias(sequence, drafts[:row]))
-        for first, sequence, state, drafts in adjusted
-        for row in range(1 + len(drafts))
-    ]
-    return _flatten(rows, NO_FLOATS)
-
-
-def _flatten(
-    rows: list[tuple[int, Ints, _Values]], no_values: _Values
-) -> tuple[Ints, Ints, _Values]:
-    """(row, ids, values) of each row -> three columns with one entry per id."""
-    rows = [row for row in rows if len(row[1])]
-    if not rows:
-        return NO_INTS, NO_INTS, no_values
-    numbers, ids, values = zip(*rows, strict=True)
-    lengths = [len(row_ids) for row_ids in ids]
-    return (
-        np.repeat(np.array(numbers, np.int32), lengths),
-        np.concatenate(ids),
-        np.concatenate(values),
-    )

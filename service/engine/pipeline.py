@@ -8,21 +8,21 @@ and plans step N + 2. The price: if step N turns out to be a sequence's last, wh
 computed of it is discarded.
 
 If step N must be read before step N + 1 is planned, because of penalties, grammars or drafts, the
-device pauses meanwhile.
+device pauses meanwhile. A runner that defers sampling computes the layers of step N + 1 while step
+N is read, and gets its penalties and masks then (`sample`).
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from model.batch import Batch, Bools, StepOutput
-from model.runners import Runner, overlapped
+from model.runners import Runner, deferring, overlapped
 from service.engine.pack import Packer, unread_rows
 from service.engine.plan import Plan
-from service.engine.segments import SegmentPacker
 from service.engine.unpack import StepResult, unpack
 
 
@@ -46,16 +46,16 @@ class _Flight:
     read: Callable[[], StepOutput]  # waits for it
     launch_duration: float
     pause: float
+    sample: Callable[[], None] | None = None  # what is left to launch, if that was deferred
 
 
 class Pipeline:
     """Steps of one engine that were launched and not read."""
 
-    def __init__(
-        self, runner: Runner, packer: Packer | SegmentPacker, *, clock: Callable[[], float]
-    ) -> None:
+    def __init__(self, runner: Runner, packer: Packer, *, clock: Callable[[], float]) -> None:
         self._runner = runner
         self._overlapped = overlapped(runner)
+        self._deferring = deferring(runner)
         self._packer = packer
         self._clock = clock
         self._flights: deque[_Flight] = deque()
@@ -69,13 +69,32 @@ class Pipeline:
         """Steps that may be in flight while the next one is planned."""
         return 0 if self._overlapped is None else 1
 
-    @property
-    def must_be_read(self) -> bool:
-        """Whether the next step needs a token that is in flight, or the number of them."""
+    def must_be_read(self, *, may_defer: bool) -> bool:
+        """Whether the next step needs a token that is in flight, or the number of them.
+        `may_defer`: whether it may sample later, as far as sequences allow that.
+        """
+        defers = self._deferring is not None and may_defer
         return any(
-            flight.plan.drafts or any(each.chooses_by_tokens for each in flight.plan.sampling)
+            flight.plan.drafts
+            or any(
+                each.chooses_by_tokens and not (defers and each.may_defer)
+                for each in flight.plan.sampling
+            )
             for flight in self._flights
         )
+
+    @property
+    def deferred(self) -> Plan | None:
+        """The plan of the newest step if that is yet to `sample`."""
+        newest = self._flights[-1] if self._flights else None
+        return None if newest is None or newest.sample is None else newest.plan
+
+    def sample(self) -> None:
+        """Launches what was deferred. The step before has been read."""
+        flight = self._flights.pop()
+        if flight.sample is not None:
+            flight.sample()
+        self._flights.append(replace(flight, sample=None))
 
     def idle(self) -> None:
         """The next step does not follow the previous one."""
@@ -87,26 +106,48 @@ class Pipeline:
         `meanwhile` is called when only the runner's part is left: before the call of a synchronous
         runner, after launching with one that overlaps steps.
         """
-        batch, unread_T = self._packer.pack(plan), unread_rows(plan)
+        unread_T = unread_rows(plan)
+        deferred = any(each.num_unread and each.chooses_by_tokens for each in plan.sampling)
+        batch = self._packer.pack(plan, deferred=deferred)
         if self._overlapped is None:
             meanwhile()
         began = self._clock()
-        read = self._launch(batch, unread_T)
+        read, sample = self._launch(plan, batch, unread_T, deferred=deferred)
         launched = self._clock()
         if self._overlapped is not None:
             meanwhile()
         pause = 0.0 if self._emptied is None else launched - self._emptied
         self._emptied = None
         self._flights.append(
-            _Flight(plan=plan, read=read, launch_duration=launched - began, pause=pause)
+            _Flight(
+                plan=plan,
+                read=read,
+                launch_duration=launched - began,
+                pause=pause,
+                sample=sample,
+            )
         )
 
-    def _launch(self, batch: Batch, unread_T: Bools | None) -> Callable[[], StepOutput]:
-        """Returns a function that waits for the step."""
+    def _launch(
+        self, plan: Plan, batch: Batch, unread_T: Bools | None, *, deferred: bool
+    ) -> tuple[Callable[[], StepOutput], Callable[[], None] | None]:
+        """Returns a function that waits for the step, and one that launches what was deferred."""
         if self._overlapped is None:
             output = self._runner.run(batch)
-            return lambda: output
-        return partial(self._overlapped.collect, self._overlapped.launch(batch, unread_T=unread_T))
+            return (lambda: output), None
+        if not deferred:
+            handle = self._overlapped.launch(batch, unread_T=unread_T)
+            return partial(self._overlapped.collect, handle), None
+        runner = self._deferring
+        if runner is None:
+            raise ValueError("the runner cannot sample later")
+        handle = runner.launch(batch, unread_T=unread_T, deferred=True)
+
+        def sample() -> None:
+            sampling = self._packer.adjusted(plan, batch.sampling, deferred=True)
+            runner.sample(handle, sampling)
+
+        return partial(runner.collect, handle), sample
 
     def collect(self) -> Computed:
         """Waits for the oldest step."""

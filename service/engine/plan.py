@@ -61,6 +61,7 @@ class Plan:
     drafts: dict[Sequence, list[int]] = field(default_factory=dict)
     read_for: list[Sequence] = field(default_factory=list)  # why the step before was read first
     sampling: list[Sequence] = field(default_factory=list)  # those that get tokens, in order
+    skipped: set[Sequence] = field(default_factory=set)  # of these, those that get none after all
     scored: dict[Sequence, range] = field(default_factory=dict)  # prompt positions to score
     prompt_tokens: int = 0  # prompt tokens in this step
     recomputed_tokens: int = 0  # computed before, then lost by a preemption

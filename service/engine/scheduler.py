@@ -202,6 +202,12 @@ class Scheduler:
         for sequence in plan.sampling:
             sequence.num_unread += 1
 
+    def skip(self, plan: Plan, sequence: Sequence) -> None:
+        """Takes back that a launched plan samples a sequence, whose last token is pending again."""
+        plan.skipped.add(sequence)
+        sequence.num_unread -= 1
+        sequence.num_computed -= 1
+
     def update(self, plan: Plan, runs: Iterable[Collection[int]]) -> None:
         """Records that the plan was computed. `runs` has the new tokens of each of `plan.sampling`:
         its accepted drafts and one more, fewer only at the end of the output.
@@ -209,6 +215,8 @@ class Scheduler:
         Sequences that were removed meanwhile get nothing.
         """
         for sequence, new in zip(plan.sampling, runs, strict=True):
+            if sequence in plan.skipped:
+                continue
             sequence.num_unread -= 1
             if not sequence.is_alive:
                 continue
@@ -224,7 +232,7 @@ class Scheduler:
             self._tables.publish_source(sequence, source)
         for sequence in plan.tokens:
             full = sequence.num_computed // size
-            if full != sequence.num_published and sequence.status is SequenceStatus.RUNNING:
+            if full > sequence.num_published and sequence.status is SequenceStatus.RUNNING:
                 self._tables.publish(sequence)
 
     def computed(self, plan: Plan, seconds: float, *, pause: float = 0.0) -> None:

@@ -10,20 +10,17 @@ from service.engine.pack import Packer
 from service.engine.plan import Plan
 
 
-class SegmentPacker:
+class SegmentPacker(Packer):
     """Adds to each batch the segments of its tokens, all of which must have been read."""
 
-    def __init__(self, packer: Packer, anchor_ids: frozenset[int]) -> None:
-        self._packer = packer
-        self._anchor_ids = anchor_ids
-
-    def pack(self, plan: Plan) -> Batch:
+    def pack(self, plan: Plan, *, deferred: bool = False) -> Batch:
         texts = [
             (
-                sequence.scan(self._anchor_ids),
+                sequence.scan(self.anchor_ids),
                 range(sequence.num_computed, sequence.num_computed + num),
                 sequence.anchor_blocks,
             )
             for sequence, num in plan.tokens.items()
         ]
-        return replace(self._packer.pack(plan), segments=segments_batch(texts))
+        batch = super().pack(plan, deferred=deferred)
+        return replace(batch, segments=segments_batch(texts))

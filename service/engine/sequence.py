@@ -159,6 +159,13 @@ class Sequence:
         return self.needs_tokens
 
     @property
+    def may_defer(self) -> bool:
+        """Whether it can be sampled when the layers have been computed, with a mask made meanwhile:
+        not if the token before is the host's choice.
+        """
+        return self.guide is None or not self.guide.takes_argmax
+
+    @property
     def scores_prompt(self) -> bool:
         """Whether log probabilities of the prompt's tokens are still to be computed.
 

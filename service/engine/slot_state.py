@@ -32,9 +32,9 @@ class SlotState:
     mask: Words | None = None  # of the allowed tokens; None: all
     adjusts: bool = False  # whether any logit of its rows is adjusted
 
-    def bias(self, sequence: Sequence, drafts: list[int]) -> Biases:
-        """Biases of the output token after these drafts."""
-        early = sequence.num_output + len(drafts) < self.min_tokens
+    def bias(self, sequence: Sequence, drafts: list[int], *, index: int) -> Biases:
+        """Biases of the output token after these drafts, of which this is the index."""
+        early = index < self.min_tokens
         ids, values = self.early_biases if early else self.biases
         if not self.banned:
             return ids, values

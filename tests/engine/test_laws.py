@@ -14,7 +14,7 @@ from tests.engine.harness import CONFIG, Rig, expected, make_request, random_req
 from tests.support.fakes import (
     EOS_ID,
     VOCAB_SIZE,
-    CountingOracle,
+    DeferringOracle,
     OracleRunner,
     OverlappedOracle,
     oracle_answer,
@@ -40,8 +40,8 @@ def random_config(draw: random.Random) -> EngineConfig:
 
 @pytest.fixture(
     autouse=True,
-    params=[OracleRunner, OverlappedOracle, CountingOracle],
-    ids=["", "overlapped", "counting"],
+    params=[OracleRunner, OverlappedOracle, DeferringOracle],
+    ids=["", "overlapped", "deferring"],
 )
 def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> type[OracleRunner]:
     """What the engine runs on: no law knows whether steps overlap."""

@@ -13,7 +13,13 @@ from service.engine.pipeline import Pipeline
 from service.engine.plan import Plan
 from service.messages import GenerationRequest
 from tests.engine.harness import CONFIG, Rig, expected, make_request, random_request
-from tests.support.fakes import VOCAB_SIZE, CountingOracle, OracleRunner, OverlappedOracle
+from tests.support.fakes import (
+    VOCAB_SIZE,
+    CountingOracle,
+    DeferringOracle,
+    OracleRunner,
+    OverlappedOracle,
+)
 
 
 def overlapped_rig(**fields: Any) -> tuple[Rig, OverlappedOracle]:
@@ -97,6 +103,28 @@ def test_penalties_wait_for_no_token_if_the_runner_counts_it() -> None:
     rig = Rig(kind=CountingOracle)
     assert rig.run(banned)[banned.id].result == expected(banned)
     assert cast("CountingOracle", rig.runner).most_ahead == 1
+
+
+def test_what_depends_on_tokens_waits_for_none_if_the_runner_samples_later() -> None:
+    """Beside others, and from the first token on, which has nobody before it."""
+    bans = {"banned": ((1, 2), (2, 3), (3, 1, 1))}
+    ways: list[dict[str, Any]] = [
+        {"allowed": (1, 2, 3, 5)},
+        {"allowed": (1, 2, 3), **bans},
+        {**bans, "presence_penalty": 0.5, "logit_bias": ((4, -np.inf),)},
+        {},
+    ]
+    requests = [
+        long(f"r{number}", prompt=[number] * 3, max_tokens=20, min_tokens=5, sampling=way)
+        for number, way in enumerate(ways)
+    ]
+    requests = [replace(each, ignore_eos="allowed" in str(each)) for each in requests]
+    rig = Rig(kind=DeferringOracle)
+    transcripts = rig.run(*requests)
+    assert [transcripts[r.id].result for r in requests] == [expected(r) for r in requests]
+    runner = cast("DeferringOracle", rig.runner)
+    assert runner.most_ahead == 2
+    assert runner.num_deferred > 10
 
 
 def test_a_sequence_that_lost_its_seat_unread_comes_back_with_its_token() -> None:

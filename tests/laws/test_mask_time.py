@@ -10,14 +10,15 @@ import pytest
 
 from model.batch import Words
 from model.grammar import Grammars, Matcher, json_schema_grammar, lark_grammar, regex_grammar
+from model.runners import Runner
 from service.engine.guide import ANSWER_LIMIT, MASK_LIMIT, TOKEN_LIMIT, MaskTime
 from service.engine.inbox import Work
 from service.engine.loop import EngineLoop
-from service.engine.observer import Observer
+from service.engine.observer import Observer, StepReport
 from service.engine.plan import EngineConfig
 from service.messages import End, Event, FinishReason, GenerationRequest, SamplingParams
 from tests.laws.noise import EOS_IDS, TOKEN_BYTES, VOCAB_SIZE, NoiseRunner
-from tests.laws.test_structured import FreeRows
+from tests.laws.test_structured import DeferringNoise, FreeRows
 
 ALWAYS_A = ((ord("a"), 100.0),)
 MANY = 500  # rules that wait for a rule, and rules that complete it: each pair is work
@@ -72,22 +73,35 @@ class CostlyGrammars(Grammars):
         return CostlyMatcher(super().matcher(notation), spend)
 
 
+class Recomputed(Observer):
+    """Counts tokens that were computed again."""
+
+    tokens = preemptions = 0
+
+    def stepped(self, report: StepReport) -> None:
+        self.tokens += report.recomputed_tokens
+        self.preemptions += len(report.preempted)
+
+
 class Engine:
     """A real engine, stepped by hand; `grown` are the requests that got tokens in the last step."""
 
-    def __init__(self, grammars: Grammars, *, speculate: bool = False) -> None:
+    def __init__(
+        self, grammars: Grammars, *, speculate: bool = False, runner: Runner | None = None
+    ) -> None:
         self.now = 0.0
         self.texts: dict[str, str] = {}
         self.ends: dict[str, End] = {}
         self.grown: set[str] = set()
+        self.recomputed = Recomputed()
         self.loop = EngineLoop(
-            NoiseRunner(),
+            runner or NoiseRunner(),
             config=EngineConfig(max_batch_tokens=512, max_sequences=64, speculate=speculate),
             cost=FreeRows(),
             token_bytes=TOKEN_BYTES,
             eos_ids=EOS_IDS,
             deliver=self._take,
-            observer=Observer(),
+            observer=self.recomputed,
             clock=lambda: self.now,
             grammars=grammars,
         )
@@ -163,13 +177,16 @@ SLOW = regex_grammar("a*")
 
 
 @pytest.mark.slow
-def test_no_sequence_waits_for_the_masks_of_others() -> None:
+@pytest.mark.parametrize("kind", [NoiseRunner, DeferringNoise])
+def test_no_sequence_waits_for_the_masks_of_others(kind: type[NoiseRunner]) -> None:
     """Ten answers whose masks take 30 ms each, beside two others: the others get a token in every
-    step, and a step's masks take the time of a step and of one mask at most.
+    step, and a step's masks take the time of a step and of one mask at most. If some are made
+    before a step and some beside it, each of them.
     """
     grammars = CostlyGrammars()
     grammars.costs[SLOW] = 0.03
-    engine, quiet = Engine(grammars), Engine(CostlyGrammars())
+    engine, quiet = Engine(grammars, runner=kind()), Engine(CostlyGrammars())
+    most = 0.1 if kind is DeferringNoise else 0.05
     others = [request("good", GOOD, max_tokens=80), request("plain", None, max_tokens=80)]
     slow = [request(f"hostile {n}", SLOW, max_tokens=4) for n in range(10)]
     engine.add(*slow, *others)
@@ -182,13 +199,37 @@ def test_no_sequence_waits_for_the_masks_of_others() -> None:
         before = grammars.now
         engine.step()
         steps += 1
-        assert grammars.now - before <= 0.05
+        assert grammars.now - before <= most
         assert {"good", "plain"} - engine.ends.keys() <= engine.grown
     assert steps <= 83
     assert {name: engine.texts[name] for name in quiet.texts} == quiet.texts
     engine.run()
     assert {engine.ends[one.id].reason for one in slow} == {FinishReason.LENGTH}
     assert {engine.texts[one.id] for one in slow} == {"aaaa"}
+
+
+@pytest.mark.slow
+def test_a_mask_that_comes_too_late_for_a_step_changes_no_answer() -> None:
+    """The step has computed the layers then; the sequence's last token is computed again."""
+    slow = [
+        request(f"r{n}", json_schema_grammar({"type": "array", "minItems": 3 + n}), max_tokens=40)
+        for n in range(6)
+    ]
+    grammars, quiet = CostlyGrammars(), Engine(CostlyGrammars())
+    for n, each in enumerate(slow):
+        grammars.costs[str(each.grammar)] = 0.006 + 0.001 * n  # of 20 ms a step
+    runner = DeferringNoise()
+    engine = Engine(grammars, runner=runner)
+    for one in (quiet, engine):
+        one.add(*slow, request("plain", None, max_tokens=80))
+        one.run()
+    assert engine.texts == quiet.texts
+    assert {name: end.count for name, end in engine.ends.items()} == {
+        name: end.count for name, end in quiet.ends.items()
+    }
+    assert runner.num_deferred > 40
+    assert engine.recomputed.tokens > 20
+    assert not engine.recomputed.preemptions
 
 
 @pytest.mark.slow

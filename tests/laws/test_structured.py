@@ -30,7 +30,7 @@ from service.messages import End, Event, FinishReason, GenerationRequest, Sampli
 from tests.laws.noise import ENDINGS, EOS_IDS, TOKEN_BYTES, VOCAB_SIZE, NoiseRunner
 from tests.laws.random_schemas import random_schema
 from tests.support.builders import tiny_model_config, tiny_weights
-from tests.support.fakes import Overlapping
+from tests.support.fakes import Deferring, Overlapping
 
 ROOMY = EngineConfig(max_batch_tokens=512, max_sequences=64, max_prompt_chunk=512)
 BIAS = tuple((token, 2.5) for token, text in enumerate(TOKEN_BYTES) if text in ENDINGS)
@@ -49,6 +49,10 @@ class FreeRows(CostModel):
 
 class OverlappedNoise(Overlapping, NoiseRunner):
     """Noise, one step ahead."""
+
+
+class DeferringNoise(Deferring, NoiseRunner):
+    """Noise that is sampled later than it is launched."""
 
 
 @dataclass
@@ -212,6 +216,27 @@ def test_steps_launched_ahead_change_no_answer(grammars: Grammars) -> None:
     expected = alone(partial(Engine, grammars), requests)
     assert runner.most_ahead == 2
     assert [engine.result(r.id) for r in requests] == [expected.result(r.id) for r in requests]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("drafting", [False, True])
+def test_masks_made_beside_a_step_change_no_answer(grammars: Grammars, drafting: bool) -> None:
+    """Every kind of grammar, also where the host chooses the token, in batches of any size."""
+    deferred = accepted = preempted = 0
+    for seed in range(3):
+        requests = some_requests(seed)
+        requests += [request(f"more {n}", json_object_grammar(), seed=n) for n in range(3 * seed)]
+        expected = alone(partial(Engine, grammars), requests)
+        runner = DeferringNoise(keeps_logits=seed > 0, num_blocks=1024 if seed < 2 else 36)
+        engine = Engine(grammars, runner=runner, drafting=drafting).run(*requests)
+        for each in requests:
+            assert engine.result(each.id) == expected.result(each.id)
+        deferred += runner.num_deferred
+        accepted += engine.accepted
+        preempted += engine.preempted
+    assert deferred > 20
+    assert (accepted > 10) is drafting
+    assert preempted
 
 
 def test_drafts_change_no_answer(grammars: Grammars) -> None:

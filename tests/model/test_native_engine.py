@@ -75,8 +75,8 @@ class Run(Observer):
 
 
 def make_requests(seed: int) -> list[GenerationRequest]:
-    """Greedy and sampled ones, some with penalties; some begin alike, and all have something to
-    copy.
+    """Greedy and sampled ones, some with penalties or without some tokens. Some begin alike, and
+    all have something to copy.
     """
     draw = random.Random(seed)
     shared = [draw.randrange(97) for _ in range(48)]
@@ -89,6 +89,8 @@ def make_requests(seed: int) -> list[GenerationRequest]:
             top_logprobs=3,
             frequency_penalty=0.7 if index % 3 == 2 else 0.0,
             repetition_penalty=1.2 if index % 4 == 1 else 1.0,
+            allowed=tuple(range(3, 60)) if index == 4 else (),
+            banned=((5, 6), (7,)) if index == 6 else (),
         )
         requests.append(
             GenerationRequest(

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from model.batch import UNREAD, Batch, StepOutput
+from model.batch import UNREAD, Batch, StepOutput, mask_of
 from model.config import ModelConfig
 from model.runners.native import NativeRunner
 from tests.support.builders import Piece, make_batch, tiny_weights
@@ -99,6 +99,58 @@ def test_unread_tokens_are_those_of_the_step_before(build: Callable[[], NativeRu
     assert all(map(same, outputs, expected))
     assert expected[0].score_logprobs_Q.size == 3
     assert all(output.seconds is not None and output.seconds > 0 for output in outputs)
+
+
+def test_sampling_that_comes_later_is_that_of_the_step(build: Callable[[], NativeRunner]) -> None:
+    """With masks that depend on the token before, which was read meanwhile; prompts are scored."""
+    alone, ahead = build(), build()
+    expected = []
+    texts = [list(prompt) for prompt in PROMPTS]
+    for index in range(5):
+        batch = masked(step(texts, counts(texts, index), [0, 1, 2], index=index), texts)
+        expected.append(alone.run(batch))
+        for text, token in zip(texts, expected[-1].tokens_R.tolist(), strict=True):
+            text.append(token)
+    texts = [list(prompt) for prompt in PROMPTS]
+    outputs, earlier = [], None
+    for index in range(5):
+        unread = [[*text, UNKNOWN] for text in texts] if index else texts
+        batch = step(unread, counts(texts, index), [0, 1, 2], index=index)
+        unread_T = np.ones(batch.num_tokens, np.bool_) if index else None
+        plain = replace(batch, sampling=replace(batch.sampling, **penalties(texts, [])))
+        handle = ahead.launch(plain, unread_T=unread_T, deferred=True)
+        if earlier is not None:
+            outputs.append(ahead.collect(earlier))
+            for text, token in zip(texts, outputs[-1].tokens_R.tolist(), strict=True):
+                text.append(token)
+        known = step(texts, counts(texts, index), [0, 1, 2], index=index)
+        ahead.sample(handle, masked(known, texts).sampling)
+        earlier = handle
+    assert earlier is not None
+    outputs.append(ahead.collect(earlier))
+    assert all(map(same, outputs, expected))
+    with pytest.raises(ValueError, match="only the newest step samples later"):
+        ahead.sample(earlier, batch.sampling)
+    handle = ahead.launch(replace(batch, tokens_T=batch.tokens_T + 1), deferred=True)
+    with pytest.raises(ValueError, match="has to sample before it is read"):
+        ahead.collect(handle)
+
+
+def counts(texts: list[list[int]], index: int) -> list[int]:
+    """Of the tokens that a step computes."""
+    return [1 if index else len(text) for text in texts]
+
+
+def masked(batch: Batch, texts: list[list[int]]) -> Batch:
+    """With a mask for each sequence, which depends on its last token."""
+    tokens = range(VOCAB_SIZE)
+    masks = [
+        mask_of([token for token in tokens if (token ^ text[-1]) % 5], vocab_size=VOCAB_SIZE)
+        for text in texts
+    ]
+    rows = np.arange(len(texts), dtype=np.int32)
+    sampling = replace(batch.sampling, mask_rows_M=rows, masks_MW=np.stack(masks))
+    return replace(batch, sampling=sampling)
 
 
 def test_a_step_reads_only_what_was_launched(build: Callable[[], NativeRunner]) -> None:

@@ -195,8 +195,7 @@ class Overlapping:
     def launch(self, batch: Batch, *, unread_T: Bools | None = None) -> StepHandle:
         """Computes a step and keeps what came out."""
         assert len(self._under_way) < 2
-        seats_T = np.repeat(batch.batch_slots_S, np.diff(batch.query_starts_S1))
-        tokens_T = batch.tokens_T.copy()
+        seats_T = _seats(batch)
         if unread_T is not None:
             sampling = batch.sampling
             told = {*sampling.mask_rows_M.tolist(), *sampling.open_rows_L.tolist()}
@@ -204,9 +203,7 @@ class Overlapping:
                 told.update(sampling.penalty_rows_P.tolist())
             assert not unread_T[batch.sample_rows_R[sorted(told)]].any()
             assert not unread_T[batch.score_rows_Q].any()
-            assert self._under_way, "somebody has read every token"
-            for row in np.flatnonzero(unread_T):
-                tokens_T[row] = self._sampled[int(seats_T[row])]
+        tokens_T = self._resolved(batch, unread_T)
         compute = super().run  # type: ignore[misc]  # of the runner that it stands before
         sampling = _counted(batch.sampling, tokens_T[batch.sample_rows_R])
         output: StepOutput = compute(replace(batch, tokens_T=tokens_T, sampling=sampling))
@@ -217,6 +214,14 @@ class Overlapping:
         self._under_way.append((handle, output))
         self.most_ahead = max(self.most_ahead, len(self._under_way))
         return handle
+
+    def _resolved(self, batch: Batch, unread_T: Bools | None) -> np.ndarray:
+        tokens_T, seats_T = batch.tokens_T.copy(), _seats(batch)
+        if unread_T is not None:
+            assert self._under_way, "somebody has read every token"
+            for row in np.flatnonzero(unread_T):
+                tokens_T[row] = self._sampled[int(seats_T[row])]
+        return tokens_T
 
     def collect(self, handle: StepHandle) -> StepOutput:
         """Shows what came out."""
@@ -233,6 +238,41 @@ class CountingOracle(OverlappedOracle):
     """One that counts unread tokens for penalties."""
 
     counts_unread = True
+
+
+class Deferring(Overlapping):
+    """Before a runner that blocks: counts unread tokens, and can sample later."""
+
+    counts_unread = True
+    num_deferred = 0
+    _deferred: Batch | None = None
+
+    def launch(
+        self, batch: Batch, *, unread_T: Bools | None = None, deferred: bool = False
+    ) -> StepHandle:
+        """Keeps a deferred step with the tokens that it reads now."""
+        assert self._deferred is None
+        if not deferred:
+            return super().launch(batch, unread_T=unread_T)
+        assert len(self._under_way) < 2
+        self.num_deferred += 1
+        self._deferred = replace(batch, tokens_T=self._resolved(batch, unread_T))
+        self.most_ahead = max(self.most_ahead, 1 + len(self._under_way))
+        return StepHandle(self._steps)
+
+    def sample(self, handle: StepHandle, sampling: SamplingBatch) -> None:
+        """Computes what was deferred."""
+        batch, self._deferred = self._deferred, None
+        assert batch is not None
+        assert super().launch(replace(batch, sampling=sampling)) == handle
+
+
+class DeferringOracle(Deferring, OracleRunner):
+    """The oracle, one step ahead, as the native runner is."""
+
+
+def _seats(batch: Batch) -> np.ndarray:
+    return np.repeat(batch.batch_slots_S, np.diff(batch.query_starts_S1))
 
 
 def _counted(sampling: SamplingBatch, tokens_R: np.ndarray) -> SamplingBatch:

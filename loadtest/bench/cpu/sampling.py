@@ -55,6 +55,9 @@ _ITEM = {
     "additionalProperties": False,
 }
 
+_WORDS = regex_grammar("([a-z]{1,12}[ ,.]){900}")
+_ITEMS = json_schema_grammar({"type": "array", "minItems": 300, "items": _ITEM})
+
 
 def _option(name: str, *, grammar: str | None = None, **sampling: object) -> GenerationRequest:
     params = replace(_GREEDY.sampling, **sampling)  # type: ignore[arg-type]
@@ -74,11 +77,10 @@ OPTIONS: Sequence[GenerationRequest] = (
         "all of these", temperature=1.0, top_p=0.95, top_k=200, frequency_penalty=0.2,
         repetition_penalty=1.1, top_logprobs=5,
     ),
-    _option("regular expression", grammar=regex_grammar("([a-z]{1,12}[ ,.]){900}")),
-    _option(
-        "JSON schema",
-        grammar=json_schema_grammar({"type": "array", "minItems": 300, "items": _ITEM}),
-    ),
+    _option("regular expression", grammar=_WORDS),
+    _option("regular expression, temperature 1", grammar=_WORDS, temperature=1.0),
+    _option("JSON schema", grammar=_ITEMS),
+    _option("JSON schema, temperature 1", grammar=_ITEMS, temperature=1.0),
 )  # fmt: skip
 
 

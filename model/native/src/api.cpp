@@ -182,10 +182,8 @@ int32_t quire_launch(QuireModel* model, const QuireStep* step, const int32_t* un
     write_error(error, size, problem);
     return 1;
   }
-  if (step->rows) {
-    model->computed_rows = step->rows;
-    model->launched_outputs = step->outputs;
-  }
+  if (step->rows) model->computed_rows = step->rows;
+  if (quire::Driver::chooses(*step)) model->launched_outputs = step->outputs;
   if (!model->driver) model->driver = std::make_unique<quire::Driver>(*model);
   model->driver->launch(*step, unread);
   return 0;

@@ -33,7 +33,11 @@ class Driver {
     thread_.join();  // the step that is computed ends; others are dropped
   }
 
-  // `unread`: [T] outputs of the last step with rows before this one, or -1 where a token is known; null: all are.
+  // Whether a step has outputs that later ones may read: none has a step that waits for its head, and the head alone
+  // may score given tokens.
+  static bool chooses(const QuireStep& step) { return step.outputs && !(step.sampling && step.sampling->given); }
+
+  // `unread`: [T] outputs of the last step before this one that chooses, or -1 where a token is known; null: all are.
   void launch(const QuireStep& step, const int32_t* unread) {
     {
       const std::lock_guard<std::mutex> lock(mutex_);
@@ -90,7 +94,7 @@ class Driver {
       for (int32_t t = 0; t < flight.step.rows; t++)
         if (flight.unread[t] >= 0) flight.step.tokens[t] = newest_[flight.unread[t]];
     model_.run(flight.step);
-    if (!flight.step.rows) return;  // the head alone, over given tokens
+    if (!chooses(flight.step)) return;
     const int32_t* const tokens = flight.step.sampling ? flight.step.sampling->tokens : flight.step.argmax;
     newest_.assign(tokens, tokens + flight.step.outputs);
   }
@@ -101,7 +105,7 @@ class Driver {
   std::deque<Flight> flights_;  // in order of launching, until they are collected
   size_t pending_ = 0;          // the last ones, which are not computed yet
   bool stopping_ = false;
-  std::vector<int32_t> newest_;  // the tokens of the newest step with rows that was computed
+  std::vector<int32_t> newest_;  // the tokens of the newest step that chose any and was computed
   std::thread thread_;           // last: it uses all of the above
 };
 

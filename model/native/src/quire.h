@@ -117,8 +117,9 @@ QUIRE_API int32_t quire_step(QuireModel* model, const QuireStep* step, char* err
 
 // The same in two parts: launch returns at once, and the step is computed when those launched before it are;
 // collect waits for the oldest one and writes the seconds that it took. `step` is copied, but what it and `unread` point to must stay until it is
-// collected. `unread`: [T] number of the output of the last step with rows before this one that is the row's
-// token, or -1; null: all tokens are known. Return 0, or 1 with a message. Between launches and collects, no step runs alone.
+// collected. `unread`: [T] number of the output of the last step before this one that chose tokens, whose output is
+// the row's token, or -1; null: all tokens are known. Return 0, or 1 with a message. Between launches and collects, no
+// step runs alone.
 QUIRE_API int32_t quire_launch(QuireModel* model, const QuireStep* step, const int32_t* unread, char* error,
                                size_t size);
 QUIRE_API int32_t quire_collect(QuireModel* model, double* seconds, char* error, size_t size);
