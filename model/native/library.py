@@ -58,6 +58,7 @@ class Shape:
     qkv_bias: bool
     qk_norm: bool
     wide_cache: bool
+    spreads: bool = False  # keys before they are rounded, by a Hadamard transform
     four_bit: bool = False  # matrices of the layers in blocks of 4 bits, not rotated
     threads: int
     compute_threads: int

@@ -38,7 +38,7 @@ _FORMAT = 1
 _LONGEST_HEAD = 65_536  # bytes
 # Fields of Shape that leave the weights as they are.
 _OF_RUNS = {
-    "block_size", "num_blocks", "max_rows", "wide_cache", "threads", "compute_threads",
+    "block_size", "num_blocks", "max_rows", "wide_cache", "spreads", "threads", "compute_threads",
     "compute_rows", "norm_eps", "windows", "has_rotary", "cosines", "sines",
 }  # fmt: skip
 

@@ -326,14 +326,19 @@ def _wide_cache(config: ModelConfig, options: RunnerOptions) -> bool:
     they are rounded, and they have no bias, which would be most of what 8 bits hold.
     """
     if options.kv_dtype == "auto":
-        return config.qkv_bias or config.head_dim & (config.head_dim - 1) != 0
+        return config.qkv_bias or not _can_spread(config)
     return options.kv_dtype == "bfloat16"
+
+
+def _can_spread(config: ModelConfig) -> bool:
+    """Whether the dimension of a head is a power of two."""
+    return config.head_dim & (config.head_dim - 1) == 0
 
 
 def _shape(config: ModelConfig, options: RunnerOptions, library: NativeLibrary) -> Shape:
     """Sizes of the network, with as many blocks as the memory holds."""
     threads = options.num_threads or min(usable_cpus(), MAX_THREADS)
-    layers = range(config.num_layers)
+    layers, wide = range(config.num_layers), _wide_cache(config, options)
     shape = Shape(
         vocab=config.vocab_size,
         hidden=config.hidden_size,
@@ -348,7 +353,8 @@ def _shape(config: ModelConfig, options: RunnerOptions, library: NativeLibrary) 
         hadamard=hadamard_block(config.intermediate_size),
         qkv_bias=config.qkv_bias,
         qk_norm=config.qk_norm,
-        wide_cache=_wide_cache(config, options),
+        wide_cache=wide,
+        spreads=not wide and _can_spread(config),
         four_bit=options.dtype == "int4",
         threads=threads,
         compute_threads=min(threads, usable_cores()),

@@ -8,6 +8,7 @@ check at startup finds the bits of inputs alone and in a batch equal.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -22,6 +23,8 @@ from model.weights import Weights
 
 if TYPE_CHECKING:
     from model.runners.packed_encoding import PackedStates
+
+log = logging.getLogger(__name__)
 
 STEP_TOKENS = 8192  # computed together by the kernels
 WARM_TOKENS = 2048  # of the steps whose variants are compiled before the first call
@@ -79,11 +82,13 @@ class TorchEncoder:
                 self.encode([Encoding((0,) * length)])
             return
         from model.kernels.tiling import layout_sizes
+        from model.runners.cuda.chip import resource_errors
 
         for tokens in layout_sizes(WARM_TOKENS):
             full, rest = divmod(tokens, self.info.max_tokens)
             lengths = [self.info.max_tokens] * full + [rest] * (rest > 0)
-            self.encode([Encoding((0,) * length) for length in lengths])
+            with resource_errors():
+                self.encode([Encoding((0,) * length) for length in lengths])
 
     def close(self) -> None:
         del self._network
@@ -99,7 +104,10 @@ class TorchEncoder:
             return list(torch.stack(vectors).cpu()) if vectors else []
 
     def _checked(self) -> PackedStates | None:
-        """The packed network, or None if an input's bits depend on the batch on this device."""
+        """The packed network, or None if an input's bits depend on the batch on this device.
+        Raises ValueError if the device has too little memory.
+        """
+        from model.runners.cuda.chip import resource_errors
         from model.runners.packed_encoding import PackedStates
 
         packed = PackedStates(self._network)
@@ -108,9 +116,11 @@ class TorchEncoder:
             Encoding(tuple((length * 31 + 7 * n) % vocab for n in range(min(length, longest))))
             for length in CHECKED
         ]
-        with torch.inference_mode():
+        with torch.inference_mode(), resource_errors():
             alone = [packed.states([encoding])[0] for encoding in batch]
             equal = all(map(torch.equal, alone, packed.states(batch)))
+        if not equal:
+            log.warning("the Triton kernels are not exact here: inputs are computed one by one")
         return packed if equal else None
 
     def _states(self, encoding: Encoding) -> torch.Tensor:

@@ -175,9 +175,9 @@ def test_encoders_on_the_kernels(
 
 
 def test_a_batch_whose_bits_depend_on_it_is_not_packed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The check at startup: a product that sums otherwise for more rows is found out."""
+    """The check at startup: a product that sums otherwise for more rows is found out, and told."""
     from model.kernels.matmul import Product
     from model.runners import packed_encoding
 
@@ -188,6 +188,20 @@ def test_a_batch_whose_bits_depend_on_it_is_not_packed(
     monkeypatch.setattr(packed_encoding, "multiply", by_rows)
     runner = encoder("bert", tmp_path, packed=True)
     assert "torch" in runner.numeric_class.split("-")
+    assert "inputs are computed one by one" in caplog.text
     (vector,) = runner.encode([Encoding((5, 6, 7))])
     assert vector.shape == (64,)
     assert runner.encode([]) == []
+
+
+def test_a_gpu_without_enough_memory_is_named_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from model.runners import packed_encoding
+
+    def exhausted(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nMore lines.")
+
+    monkeypatch.setattr(packed_encoding, "multiply", exhausted)
+    with pytest.raises(ValueError, match=r"^the GPU has too little memory: .* 2 GiB; [^\n]*$"):
+        encoder("bert", tmp_path, packed=True)

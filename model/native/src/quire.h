@@ -15,6 +15,7 @@ struct QuireShape {
   int32_t max_rows;  // the largest T
   int32_t hadamard;  // block of the transform before the last product of an MLP; 1: none
   int32_t qkv_bias, qk_norm, wide_cache;
+  int32_t spreads;  // keys and queries by a Hadamard transform, before they are rounded to 8 bits; dim: a power of two
   int32_t four_bit;  // matrices of the layers in blocks of 4 bits, not rotated
   int32_t threads;          // of a small step, which is memory-bound
   int32_t compute_threads;  // of a step of `compute_rows` rows or more, which is compute-bound
@@ -116,10 +117,10 @@ QUIRE_API int32_t quire_weights(const QuireModel* model, int32_t index, uint8_t*
 QUIRE_API int32_t quire_step(QuireModel* model, const QuireStep* step, char* error, size_t size);
 
 // The same in two parts: launch returns at once, and the step is computed when those launched before it are;
-// collect waits for the oldest one and writes the seconds that it took. `step` is copied, but what it and `unread` point to must stay until it is
-// collected. `unread`: [T] number of the output of the last step before this one that chose tokens, whose output is
-// the row's token, or -1; null: all tokens are known. Return 0, or 1 with a message. Between launches and collects, no
-// step runs alone.
+// collect waits for the oldest one and writes the seconds that it took. `step` is copied, but what it and
+// `unread` point to must stay until it is collected. `unread`: [T] which output of the last step that chooses
+// tokens, of those launched before, is the row's token, or -1; null: all tokens are known. Return 0, or 1 with
+// a message. Between launches and collects, no step runs alone.
 QUIRE_API int32_t quire_launch(QuireModel* model, const QuireStep* step, const int32_t* unread, char* error,
                                size_t size);
 QUIRE_API int32_t quire_collect(QuireModel* model, double* seconds, char* error, size_t size);

@@ -271,17 +271,15 @@ class Program {
                            layer.query_norm,
                            layer.key_norm,
                            query_scale(),
-                           spreads()};
+                           m_.shape.spreads != 0};
     float* qkv = s_.qkv + static_cast<size_t>(row) * s_.qkv_stride;
     m_.kernels.rotate_and_store(&rotary, qkv, regions, position % m_.shape.block_size);
   }
 
-  bool spreads() const { return !m_.shape.wide_cache && (m_.shape.dim & (m_.shape.dim - 1)) == 0; }
-
   // The transform is not normalised: it multiplies the product of a query and a key by D.
   float query_scale() const {
     const float dim = static_cast<float>(m_.shape.dim);
-    return 1.0f / __builtin_sqrtf(dim) / (spreads() ? dim : 1.0f);
+    return 1.0f / __builtin_sqrtf(dim) / (m_.shape.spreads ? dim : 1.0f);
   }
 
   AttentionItem item_of(const Layer& layer, const Unit& unit) const {
