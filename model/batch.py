@@ -33,8 +33,6 @@ Floats = npt.NDArray[np.float32]
 Bools = npt.NDArray[np.bool_]
 Words = npt.NDArray[np.uint32]
 
-UNREAD = np.int32(-1)  # a token that only the runner has
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingBatch:
@@ -55,7 +53,7 @@ class SamplingBatch:
     frequency_R: Floats
     repetition_R: Floats
     penalty_rows_P: Ints  # only rows with a penalty have entries, one per distinct token
-    penalty_ids_P: Ints  # UNREAD: the row's own token, counted besides (`model.runners`)
+    penalty_ids_P: Ints
     penalty_counts_P: Ints  # times the token stands in the answer so far; 0: in the prompt only
     bias_rows_E: Ints
     bias_ids_E: Ints

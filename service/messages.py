@@ -63,16 +63,14 @@ class SamplingParams:
     )
 
     @property
-    def counts_tokens(self) -> bool:
-        """Whether logits depend on how often tokens occurred."""
+    def penalises(self) -> bool:
+        """Whether earlier tokens change the logits."""
         return bool(
-            self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1.0
+            self.presence_penalty
+            or self.frequency_penalty
+            or self.repetition_penalty != 1.0
+            or any(len(sequence) > 1 for sequence in self.banned)
         )
-
-    @property
-    def bans_sequences(self) -> bool:
-        """Whether logits depend on the last tokens."""
-        return any(len(sequence) > 1 for sequence in self.banned)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -328,9 +328,9 @@ class NativeModel:
     def launch(self, step: NativeStep, *, unread_T: Ints | None = None) -> None:
         """Starts a step, which is computed after those launched before, and returns at once.
 
-        `unread_T`: where a token is not known yet, its place in the `tokens_R` of the last step
-        launched before that chose any; elsewhere -1. The caller keeps the step and `unread_T` until
-        `collect` returns its tokens. Raises ValueError for one that does not fit the model.
+        `unread_T`: of tokens that are not known yet, their places in the `tokens_R` of the last
+        step launched before that chose any; of others -1. The caller keeps the step and `unread_T`
+        until `collect` returns its tokens. Raises ValueError for one that does not fit the model.
         """
         unread = None if unread_T is None else unread_T.ctypes.data
         self._check(self._calls.quire_launch, step.pointer, unread)

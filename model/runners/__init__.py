@@ -66,8 +66,8 @@ class OverlappedRunner(Runner, Protocol):
 
         `unread_T` marks rows whose token the host has not read yet: the newest token sampled in
         the sequence's batch slot, by the step launched before. `tokens_T` is ignored there.
-        Raises ValueError if such a row has a mask, a score or, unless the runner counts unread
-        tokens, penalties: those depend on the unread token.
+        Raises ValueError if such a row has penalties, a mask or a score: those depend on the
+        unread token.
         """
         ...
 
@@ -81,7 +81,8 @@ class DeferringRunner(OverlappedRunner, Protocol):
 
         launch(N + 1, deferred)   collect(N)   sample(N + 1)   launch(N + 2, deferred) ...
 
-    So masks that depend on the tokens of step N are computed beside the layers of step N + 1.
+    So penalties and masks that depend on the tokens of step N are made while the layers of step
+    N + 1 are computed.
     """
 
     def launch(
@@ -100,27 +101,19 @@ def overlapped(runner: Runner) -> OverlappedRunner | None:
     return cast("OverlappedRunner", runner) if getattr(runner, "launch", None) else None
 
 
-def check_unread(batch: Batch, unread_T: Bools, *, counts: bool = False) -> None:
+def check_unread(batch: Batch, unread_T: Bools) -> None:
     """Raises ValueError if what a row with an unread token yields depends on that token, besides
-    its logits and, if the runner `counts` it, penalties.
+    its logits.
     """
     sampling = batch.sampling
-    rows = sampling.mask_rows_M
-    if not counts:
-        rows = np.concatenate([sampling.penalty_rows_P, rows])
+    rows = np.concatenate([sampling.penalty_rows_P, sampling.mask_rows_M])
     if unread_T[batch.sample_rows_R[rows]].any() or unread_T[batch.score_rows_Q].any():
-        penalties = "" if counts else "penalties, "
-        raise ValueError(f"a row whose token is unread has no {penalties}masks or scores")
+        raise ValueError("a row whose token is unread has no penalties, masks or scores")
 
 
 def deferring(runner: Runner) -> DeferringRunner | None:
     """The runner, if it can sample later than it launches."""
     return cast("DeferringRunner", runner) if getattr(runner, "sample", None) else None
-
-
-def counts_unread(runner: Runner) -> bool:
-    """Whether it counts the unread token of a row for penalties: that of entries for `UNREAD`."""
-    return getattr(runner, "counts_unread", False)
 
 
 def keeps_logits(runner: Runner) -> bool:

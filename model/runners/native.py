@@ -87,7 +87,6 @@ class NativeRunner:
     exact = True
     beside_host = False
     keeps_logits = True
-    counts_unread = True
 
     def __init__(
         self, config: ModelConfig, weights: Weights | Arrays, *, options: RunnerOptions,
@@ -252,7 +251,7 @@ class NativeRunner:
 
     def _unread(self, batch: Batch, unread_T: Bools) -> Ints:
         """For each row the output of the newest step that is its token, or -1."""
-        check_unread(batch, unread_T, counts=True)
+        check_unread(batch, unread_T)
         newest = self._newest
         if newest is None or not self._flights:
             raise ValueError("only a step in flight has unread tokens")

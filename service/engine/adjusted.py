@@ -21,7 +21,6 @@ class Adjusted(NamedTuple):
 
     first_row: int
     first_index: int  # of that row's token in the output
-    unread: bool  # the token before
     sequence: Sequence
     state: SlotState
     drafts: list[int]
@@ -33,9 +32,7 @@ def penalty_columns(adjusted: list[Adjusted]) -> tuple[Ints, Ints, Ints]:
         (each.first_row + row, ids, counts)
         for each in adjusted
         if (penalties := each.state.penalties) is not None
-        for row, (ids, counts) in enumerate(
-            penalties.rows(each.sequence, each.drafts, unread=each.unread)
-        )
+        for row, (ids, counts) in enumerate(penalties.rows(each.sequence, each.drafts))
     ]
     return _flatten(rows, NO_INTS)
 

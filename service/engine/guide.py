@@ -7,8 +7,8 @@
 A sequence is decoded only while its guide is `ready`: the mask of its next token is computed. The
 engine computes missing masks before each step, or beside its layers if the runner defers sampling,
 in the order and within the time of `MaskTime`; a sequence whose mask has to wait skips the step,
-and no other sequence waits for it. Masks after
-drafts are computed on copies of the matcher when a step accepts the drafts.
+and no other sequence waits for it. Masks after drafts are computed on copies of the matcher when a
+step accepts the drafts.
 
 A mask costs many times what it costs to check one token. So an output that takes the argmax of its
 logits goes without, if the runner returns them: its row is *open*. The argmax among the allowed
@@ -379,7 +379,7 @@ class Guides:
 def _takes_argmax(request: GenerationRequest) -> bool:
     """Whether an output takes the argmax of its unmodified logits, and those are not reported."""
     params = request.sampling
-    adjusted = params.counts_tokens or params.logit_bias or params.banned or request.min_tokens
+    adjusted = params.penalises or params.logit_bias or params.banned or request.min_tokens
     scored = params.top_logprobs is not None or request.thinking is not None
     return params.temperature == 0 and not (adjusted or scored)
 
@@ -393,9 +393,7 @@ def _nearest(logits_V: Floats, token: int) -> list[int]:
     near it.
     """
     near = np.flatnonzero(logits_V > logits_V[token] - _NEAR)
-    if (
-        len(near) > 2 * _TRIES
-    ):  # few are sorted; equals of the first that is dropped are dropped, too
+    if len(near) > 2 * _TRIES:  # few are sorted, without equals of the first that is dropped
         logits = logits_V[near]
         near = near[logits > -np.partition(-logits, _TRIES + 1)[_TRIES + 1]]
     order = np.argsort(-logits_V[near], kind="stable")

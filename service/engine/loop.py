@@ -21,7 +21,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from model.compression import Anchors
-from model.runners import counts_unread, keeps_logits, overlapped
+from model.runners import keeps_logits, overlapped
 from model.segments import anchor_ids
 from service.engine.adapters import Adapters
 from service.engine.blocks import BlockAllocator
@@ -78,7 +78,7 @@ class EngineLoop(EngineThread):
         if segmented:
             anchors = anchor_ids(token_bytes, eos_ids)
         speculator = None
-        self._fewest_to_defer = 0  # running sequences: see `pipeline`
+        self._fewest_to_defer = 0  # running sequences, if any of them has a grammar
         if may_speculate(config, exact=runner.exact):
             ahead = overlapped(runner)
             most_sampled = config.max_batch_tokens if ahead is None else ahead.most_sampled
@@ -99,7 +99,6 @@ class EngineLoop(EngineThread):
             speculator=speculator,
             anchor_ids=anchors,
             adapters=numbered,
-            counts_unread=counts_unread(runner),
         )
         vocab_size = runner.config.vocab_size
         packer = (SegmentPacker if segmented else Packer)(
@@ -162,7 +161,7 @@ class EngineLoop(EngineThread):
             self._collect()
             self._deliver_before_step()
         elif self._pipeline.must_be_read(
-            may_defer=len(self._scheduler.running) >= self._fewest_to_defer
+            masks_may_wait=len(self._scheduler.running) >= self._fewest_to_defer
         ) or (self._pipeline and self._scheduler.expects_drafts()):
             self._collect()
         self._enqueue_scored()

@@ -25,7 +25,7 @@ from service.engine.sources import source_columns
 from service.messages import SamplingParams
 
 _NO_WORDS: Words = np.empty((0, 0), np.uint32)
-_UNREAD = 0  # placeholder for a token that only the runner has
+_ANY_TOKEN = 0  # in place of an unread one, which the runner has
 
 
 class _Columns(NamedTuple):
@@ -144,7 +144,7 @@ class Packer:
         score_rows_Q, score_ids_Q, score_num_top = _scores(plan, range(count))
         return Batch(
             tokens_T=np.array(
-                [_UNREAD if s.num_unread else s.tokens[-1] for s in sequences], np.int32
+                [_ANY_TOKEN if s.num_unread else s.tokens[-1] for s in sequences], np.int32
             ),
             positions_T=contexts_S - 1,
             query_starts_S1=self._counting[: count + 1],
@@ -237,11 +237,9 @@ class Packer:
         )
         return sampling if deferred else self.adjusted(plan, sampling)
 
-    def adjusted(
-        self, plan: Plan, sampling: SamplingBatch, *, deferred: bool = False
-    ) -> SamplingBatch:
+    def adjusted(self, plan: Plan, sampling: SamplingBatch) -> SamplingBatch:
         """With what may depend on earlier tokens: penalties, biases and masks."""
-        rows = list(self._adjusted(plan, sampling.indices_R.tolist(), deferred=deferred))
+        rows = list(self._adjusted(plan, sampling.indices_R.tolist()))
         mask_rows, masks, open_rows = self._masks(plan)
         if not rows and not mask_rows.size and not open_rows.size:
             return sampling
@@ -285,14 +283,13 @@ class Packer:
             return NO_INTS, _NO_WORDS, open_rows_L
         return np.array(rows, np.int32), np.concatenate(masks), open_rows_L
 
-    def _adjusted(self, plan: Plan, indices: list[int], *, deferred: bool) -> Iterator[Adjusted]:
+    def _adjusted(self, plan: Plan, indices: list[int]) -> Iterator[Adjusted]:
         row = 0
         for sequence in plan.sampling:
             state = self._state_of(sequence)
             drafts = plan.drafts.get(sequence, [])
             if state is not None and state.adjusts:
-                unread = not deferred and sequence.num_unread > 0
-                yield Adjusted(row, indices[row], unread, sequence, state, drafts)
+                yield Adjusted(row, indices[row], sequence, state, drafts)
             row += 1 + len(drafts)
 
     def _state_of(self, sequence: Sequence) -> SlotState | None:
@@ -330,7 +327,7 @@ def _tokens(plan: Plan) -> Ints:
         if sequence in plan.drafts:
             slices.append(plan.drafts[sequence])
         elif sequence.num_unread:
-            slices.append((_UNREAD,))
+            slices.append((_ANY_TOKEN,))
     return np.fromiter(chain.from_iterable(slices), np.int32, plan.num_tokens)
 
 

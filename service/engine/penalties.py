@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from model.batch import UNREAD, Ints
+from model.batch import Ints
 from service.engine.sequence import Sequence
 
 
@@ -22,15 +22,9 @@ class PenaltyCounts:
         self._counts = np.zeros(len(self._index), np.int32)
         self._num_read = 0
 
-    def rows(
-        self, sequence: Sequence, drafts: list[int], *, unread: bool = False
-    ) -> list[tuple[Ints, Ints]]:
-        """Distinct ids and counts: over the output so far, then including each of the drafts. If
-        the token before is `unread`, it comes last, as one more.
-        """
+    def rows(self, sequence: Sequence, drafts: list[int]) -> list[tuple[Ints, Ints]]:
+        """Distinct ids and counts: over the output so far, then including each of the drafts."""
         ids, counts = self._read(sequence)
-        if unread:
-            return [(np.append(ids, UNREAD), np.append(counts, np.int32(1)))]
         rows = [(ids, counts)]
         for draft in drafts:
             place = np.flatnonzero(ids == draft)

@@ -69,15 +69,15 @@ class Pipeline:
         """Steps that may be in flight while the next one is planned."""
         return 0 if self._overlapped is None else 1
 
-    def must_be_read(self, *, may_defer: bool) -> bool:
+    def must_be_read(self, *, masks_may_wait: bool) -> bool:
         """Whether the next step needs a token that is in flight, or the number of them.
-        `may_defer`: whether it may sample later, as far as sequences allow that.
+        `masks_may_wait`: if the runner samples later, masks are made until then.
         """
-        defers = self._deferring is not None and may_defer
+        defers = self._deferring is not None
         return any(
             flight.plan.drafts
             or any(
-                each.chooses_by_tokens and not (defers and each.may_defer)
+                each.chooses_by_tokens and not (defers and each.may_defer(masks=masks_may_wait))
                 for each in flight.plan.sampling
             )
             for flight in self._flights
@@ -144,8 +144,7 @@ class Pipeline:
         handle = runner.launch(batch, unread_T=unread_T, deferred=True)
 
         def sample() -> None:
-            sampling = self._packer.adjusted(plan, batch.sampling, deferred=True)
-            runner.sample(handle, sampling)
+            runner.sample(handle, self._packer.adjusted(plan, batch.sampling))
 
         return partial(runner.collect, handle), sample
 

@@ -61,7 +61,6 @@ class Scheduler:
         anchor_ids: frozenset[int] = frozenset(),
         adapters: Adapters | None = None,
         has_encoder: bool = False,
-        counts_unread: bool = False,
     ) -> None:
         self.max_model_len = min(max_model_len, config.max_model_len or max_model_len)
         self.running: list[Sequence] = []  # in order of admission
@@ -79,7 +78,6 @@ class Scheduler:
         )
         self._config = config
         self._has_encoder = has_encoder
-        self._counts_unread = counts_unread
         self._allocator = allocator
         self._cost = cost
         self._speculator = speculator
@@ -142,7 +140,6 @@ class Scheduler:
             arrival=next(self._arrivals),
             deadline=deadline,
             guide=guide,
-            counts_unread=self._counts_unread,
         )
         self._sequences[request.id] = sequence
         self._order.enter(sequence)

@@ -64,7 +64,6 @@ class Sequence:
     deadline: float | None = None  # on the engine's monotonic clock, seconds
     guide: Guide | None = None  # of its grammar; `OutputBuilder` advances it
     source: Source | None = None  # of an encoder-decoder
-    counts_unread: bool = False  # the runner counts an unread token (`model.runners`)
     status: SequenceStatus = SequenceStatus.WAITING
     batch_slot: int | None = None  # while it runs
     blocks: list[int] = field(default_factory=list)  # its block table
@@ -91,8 +90,7 @@ class Sequence:
         self.num_prompt = len(self.request.prompt_ids) - self.request.source
         self.max_total_tokens = self.request.max_total_tokens - self.request.source
         params = self.request.sampling
-        counts = params.counts_tokens and not self.counts_unread
-        self.needs_tokens = counts or params.bans_sequences or bool(params.allowed)
+        self.needs_tokens = params.penalises or bool(params.allowed)
 
     @property
     def lacks_source(self) -> bool:
@@ -158,12 +156,11 @@ class Sequence:
             return True
         return self.needs_tokens
 
-    @property
-    def may_defer(self) -> bool:
-        """Whether it can be sampled when the layers have been computed, with a mask made meanwhile:
-        not if the token before is the host's choice.
+    def may_defer(self, *, masks: bool) -> bool:
+        """Whether it may be sampled later than its layers are launched: with a grammar if `masks`
+        may, but not if the token before is the host's choice.
         """
-        return self.guide is None or not self.guide.takes_argmax
+        return self.guide is None or (masks and not self.guide.takes_argmax)
 
     @property
     def scores_prompt(self) -> bool:

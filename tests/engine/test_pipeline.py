@@ -15,7 +15,6 @@ from service.messages import GenerationRequest
 from tests.engine.harness import CONFIG, Rig, expected, make_request, random_request
 from tests.support.fakes import (
     VOCAB_SIZE,
-    CountingOracle,
     DeferringOracle,
     OracleRunner,
     OverlappedOracle,
@@ -54,11 +53,7 @@ def test_an_end_that_nobody_could_know_wastes_one_row() -> None:
     ends = {True: 0, False: 0}
     for seed in range(150):
         request = random_request(random.Random(seed), "r")
-        if (
-            request.sampling.counts_tokens
-            or request.sampling.bans_sequences
-            or request.sampling.allowed
-        ):
+        if request.sampling.penalises or request.sampling.allowed:
             continue
         rig, _ = overlapped_rig()
         plain = Rig()
@@ -83,10 +78,8 @@ def test_who_chooses_by_the_token_before_is_read_first(sampling: dict[str, float
     assert runner.most_ahead == 2
 
 
-def test_penalties_wait_for_no_token_if_the_runner_counts_it() -> None:
-    """A text of few tokens, so that an unread one is often counted already; a banned sequence is
-    compared with the tokens, which the host needs for it.
-    """
+def test_penalties_wait_for_no_token_if_the_runner_samples_later() -> None:
+    """Alone, too. A text of few tokens, so that the one in flight is often counted already."""
     penalties = {"presence_penalty": 0.5, "repetition_penalty": 1.1}
     few = {"logit_bias": tuple((token, -np.inf) for token in range(4, VOCAB_SIZE))}
     for number in range(9):
@@ -96,13 +89,13 @@ def test_penalties_wait_for_no_token_if_the_runner_counts_it() -> None:
             max_tokens=20,
             sampling=penalties | few | {"seed": number},
         )
-        rig = Rig(kind=CountingOracle)
+        rig = Rig(kind=DeferringOracle)
         assert rig.run(request)[request.id].result == expected(request)
-        assert cast("CountingOracle", rig.runner).most_ahead == 2
+        assert cast("DeferringOracle", rig.runner).most_ahead == 2
     banned = replace(request, sampling=replace(request.sampling, banned=((1, 2),)))
-    rig = Rig(kind=CountingOracle)
+    rig = Rig(kind=DeferringOracle)
     assert rig.run(banned)[banned.id].result == expected(banned)
-    assert cast("CountingOracle", rig.runner).most_ahead == 1
+    assert cast("DeferringOracle", rig.runner).most_ahead == 2
 
 
 def test_what_depends_on_tokens_waits_for_none_if_the_runner_samples_later() -> None:

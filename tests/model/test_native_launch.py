@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from model.batch import UNREAD, Batch, StepOutput, mask_of
+from model.batch import Batch, StepOutput, mask_of
 from model.config import ModelConfig
 from model.runners.native import NativeRunner
 from tests.support.builders import Piece, make_batch, tiny_weights
@@ -40,23 +40,7 @@ def step(texts: list[list[int]], counts: list[int], order: list[int], *, index: 
         )
         for number in order
     ]
-    batch = make_batch(pieces, num_top=2)
-    return replace(batch, sampling=replace(batch.sampling, **penalties(texts, order)))
-
-
-def penalties(texts: list[list[int]], order: list[int]) -> dict[str, Any]:
-    """Of the first two sequences. One of them lists every token, so that an unread one is among
-    them; the other one those that were read, so that it often is not.
-    """
-    entries = []
-    for row, number in enumerate(order):
-        counts = Counter(texts[number])
-        unread = counts.pop(UNKNOWN, 0)
-        listed = {0: range(1, VOCAB_SIZE), 1: counts}.get(number, ())
-        entries += [(row, token, counts[token]) for token in listed]
-        entries += [(row, int(UNREAD), unread)] if unread and number < 2 else []
-    rows, ids, times = np.array(entries, np.int32).reshape(-1, 3).T
-    return {"penalty_rows_P": rows, "penalty_ids_P": ids, "penalty_counts_P": times}
+    return make_batch(pieces, num_top=2)
 
 
 @pytest.fixture
@@ -102,7 +86,9 @@ def test_unread_tokens_are_those_of_the_step_before(build: Callable[[], NativeRu
 
 
 def test_sampling_that_comes_later_is_that_of_the_step(build: Callable[[], NativeRunner]) -> None:
-    """With masks that depend on the token before, which was read meanwhile; prompts are scored."""
+    """With masks and penalties that depend on the token before, which was read meanwhile; prompts
+    are scored.
+    """
     alone, ahead = build(), build()
     expected = []
     texts = [list(prompt) for prompt in PROMPTS]
@@ -117,8 +103,7 @@ def test_sampling_that_comes_later_is_that_of_the_step(build: Callable[[], Nativ
         unread = [[*text, UNKNOWN] for text in texts] if index else texts
         batch = step(unread, counts(texts, index), [0, 1, 2], index=index)
         unread_T = np.ones(batch.num_tokens, np.bool_) if index else None
-        plain = replace(batch, sampling=replace(batch.sampling, **penalties(texts, [])))
-        handle = ahead.launch(plain, unread_T=unread_T, deferred=True)
+        handle = ahead.launch(batch, unread_T=unread_T, deferred=True)
         if earlier is not None:
             outputs.append(ahead.collect(earlier))
             for text, token in zip(texts, outputs[-1].tokens_R.tolist(), strict=True):
@@ -142,7 +127,9 @@ def counts(texts: list[list[int]], index: int) -> list[int]:
 
 
 def masked(batch: Batch, texts: list[list[int]]) -> Batch:
-    """With a mask for each sequence, which depends on its last token."""
+    """With a mask for each sequence, which depends on its last token; the first two have penalties
+    for their tokens.
+    """
     tokens = range(VOCAB_SIZE)
     masks = [
         mask_of([token for token in tokens if (token ^ text[-1]) % 5], vocab_size=VOCAB_SIZE)
@@ -150,7 +137,10 @@ def masked(batch: Batch, texts: list[list[int]]) -> Batch:
     ]
     rows = np.arange(len(texts), dtype=np.int32)
     sampling = replace(batch.sampling, mask_rows_M=rows, masks_MW=np.stack(masks))
-    return replace(batch, sampling=sampling)
+    entries = [(row, *entry) for row in range(2) for entry in Counter(texts[row]).items()]
+    columns = np.array(entries, np.int32).T
+    names = ("penalty_rows_P", "penalty_ids_P", "penalty_counts_P")
+    return replace(batch, sampling=replace(sampling, **dict(zip(names, columns, strict=True))))
 
 
 def test_a_step_reads_only_what_was_launched(build: Callable[[], NativeRunner]) -> None:
@@ -165,16 +155,8 @@ def test_a_step_reads_only_what_was_launched(build: Callable[[], NativeRunner]) 
     with pytest.raises(ValueError, match="slot 2 has no token in flight"):
         runner.launch(later, unread_T=unread_T)
     masked = replace(later.sampling, mask_rows_M=np.array([1], np.int32))
-    with pytest.raises(ValueError, match="has no masks or scores"):
+    with pytest.raises(ValueError, match="has no penalties, masks or scores"):
         runner.launch(replace(later, sampling=masked), unread_T=unread_T)
-    unread = replace(later.sampling, penalty_rows_P=np.zeros(1, np.int32))
-    unread = replace(
-        unread, penalty_ids_P=np.full(1, UNREAD), penalty_counts_P=np.ones(1, np.int32)
-    )
-    with pytest.raises(ValueError, match="token id outside the vocabulary"):
-        runner.launch(
-            replace(later, sampling=replace(unread, penalty_ids_P=np.full(1, 2 * UNREAD)))
-        )
     with pytest.raises(ValueError, match="launched steps must be collected first"):
         runner.run(first)
     with pytest.raises(ValueError, match="in the order they were launched"):

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from model.batch import UNREAD, Batch, Bools, SamplingBatch, StepOutput, unpack_masks
+from model.batch import Batch, Bools, SamplingBatch, StepOutput, unpack_masks
 from model.config import ModelConfig
 from model.runners import StepHandle
 from service.api.http.context import Probes
@@ -178,7 +178,6 @@ class Overlapping:
 
     most_sampled = 64
     beside_host = True
-    counts_unread = False
 
     def __init__(self, **fields: Any) -> None:
         super().__init__(**fields)
@@ -198,15 +197,13 @@ class Overlapping:
         seats_T = _seats(batch)
         if unread_T is not None:
             sampling = batch.sampling
-            told = {*sampling.mask_rows_M.tolist(), *sampling.open_rows_L.tolist()}
-            if not self.counts_unread:
-                told.update(sampling.penalty_rows_P.tolist())
+            told = {*sampling.penalty_rows_P.tolist(), *sampling.mask_rows_M.tolist()}
+            told.update(sampling.open_rows_L.tolist())
             assert not unread_T[batch.sample_rows_R[sorted(told)]].any()
             assert not unread_T[batch.score_rows_Q].any()
         tokens_T = self._resolved(batch, unread_T)
         compute = super().run  # type: ignore[misc]  # of the runner that it stands before
-        sampling = _counted(batch.sampling, tokens_T[batch.sample_rows_R])
-        output: StepOutput = compute(replace(batch, tokens_T=tokens_T, sampling=sampling))
+        output: StepOutput = compute(replace(batch, tokens_T=tokens_T))
         sampled = zip(seats_T[batch.sample_rows_R].tolist(), output.tokens_R.tolist(), strict=True)
         self._sampled.update(sampled)
         handle = StepHandle(self._steps)
@@ -234,16 +231,9 @@ class OverlappedOracle(Overlapping, OracleRunner):
     """The oracle, one step ahead."""
 
 
-class CountingOracle(OverlappedOracle):
-    """One that counts unread tokens for penalties."""
-
-    counts_unread = True
-
-
 class Deferring(Overlapping):
-    """Before a runner that blocks: counts unread tokens, and can sample later."""
+    """Before a runner that blocks: can sample later than it launches."""
 
-    counts_unread = True
     num_deferred = 0
     _deferred: Batch | None = None
 
@@ -273,22 +263,6 @@ class DeferringOracle(Deferring, OracleRunner):
 
 def _seats(batch: Batch) -> np.ndarray:
     return np.repeat(batch.batch_slots_S, np.diff(batch.query_starts_S1))
-
-
-def _counted(sampling: SamplingBatch, tokens_R: np.ndarray) -> SamplingBatch:
-    """With the tokens that rows read in place of UNREAD: as one more, or as a new entry."""
-    entries: dict[tuple[int, int], int] = {}
-    columns = (sampling.penalty_rows_P, sampling.penalty_ids_P, sampling.penalty_counts_P)
-    for row, token, count in zip(*(column.tolist() for column in columns), strict=True):
-        place = row, tokens_R[row].item() if token == UNREAD else token
-        entries[place] = entries.get(place, 0) + count
-    rows, ids = zip(*entries, strict=True) if entries else ((), ())
-    return replace(
-        sampling,
-        penalty_rows_P=np.array(rows, np.int32),
-        penalty_ids_P=np.array(ids, np.int32),
-        penalty_counts_P=np.array([*entries.values()], np.int32),
-    )
 
 
 def _settings(sampling: SamplingBatch, row: int) -> tuple[float, ...]:

@@ -54,7 +54,7 @@ const char* step_error(const QuireModel& model, const QuireStep& step) {
     if (step.output_rows[i] < 0 || step.output_rows[i] >= computed) return "output row outside the step";
     if (step.logits && reinterpret_cast<uintptr_t>(step.logits[i]) % 64) return "logits must begin a cache line";
   }
-  return step.sampling ? quire::sampling_error(*step.sampling, step.outputs, shape.vocab, step.rows > 0) : nullptr;
+  return step.sampling ? quire::sampling_error(*step.sampling, step.outputs, shape.vocab) : nullptr;
 }
 
 }  // namespace
@@ -268,7 +268,7 @@ int32_t quire_block_product(const char* variant, const uint8_t* w, const float* 
 int32_t quire_sample(const char* variant, float* logits, int32_t rows, int32_t vocab, const QuireSampling* sampling) {
   const Kernels* kernels = quire::find_variant(variant);
   if (!kernels) return 1;
-  if (quire::sampling_error(*sampling, rows, vocab, false)) return 2;
+  if (quire::sampling_error(*sampling, rows, vocab)) return 2;
   for (const quire::SampledRow& row : quire::rows_of(*sampling, rows, vocab)) {
     float* const x = logits + static_cast<size_t>(row.row) * vocab;
     Argmax argmax = {-__builtin_inff(), 0};

@@ -33,8 +33,8 @@ class Driver {
     thread_.join();  // the step that is computed ends; others are dropped
   }
 
-  // Whether a step has outputs that later ones may read: none has a step that waits for its head, and the head alone
-  // may score given tokens.
+  // Whether a step chooses tokens, which the next one may read: not if its head follows as a step of its own, nor if
+  // it is the head alone and scores given tokens.
   static bool chooses(const QuireStep& step) { return step.outputs && !(step.sampling && step.sampling->given); }
 
   // `unread`: [T] outputs of the last step before this one that chooses, or -1 where a token is known; null: all are.

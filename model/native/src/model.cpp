@@ -219,7 +219,6 @@ void Model::run(const QuireStep& step) {
   task.model = this;
   task.step = step;
   task.cut = cut_step(shape, step, threads);
-  if (step.sampling && step.rows) count_unread(*step.sampling, step.tokens, step.output_rows);
   task.heads = heads_of(step);
   if (task.cut.split) {
     const Tile& last = task.cut.tiles.back();

@@ -7,8 +7,6 @@
 
 #define QUIRE_API extern "C" __attribute__((visibility("default")))
 
-#define QUIRE_UNREAD (-1)  // in place of a token
-
 struct QuireShape {
   int32_t vocab, hidden, layers, heads, kv_heads, dim, width;  // width: F, of the MLP
   int32_t block_size, num_blocks;
@@ -45,8 +43,8 @@ struct QuireSampling {
   const float* repetition;
   const uint8_t* wants_logprobs;
   const int32_t* penalty_rows;  // [P]
-  int32_t* penalty_ids;  // QUIRE_UNREAD: the token that the row of T reads, counted besides; replaced by it
-  int32_t* penalty_counts;
+  const int32_t* penalty_ids;
+  const int32_t* penalty_counts;
   const int32_t* bias_rows;  // [E]
   const int32_t* bias_ids;
   const float* bias_values;

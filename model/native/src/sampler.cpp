@@ -227,7 +227,6 @@ class Edits {
     const float repetition = s.repetition[row.row];
     for (int e = row.first_penalty; e < row.end_penalty; e++) {
       const int32_t id = s.penalty_ids[e], count = s.penalty_counts[e];
-      if (id == QUIRE_UNREAD) continue;  // counted with another entry
       const float taken = static_cast<float>(frequency * count + (count > 0 ? presence : 0.0));
       set(id, (logits[id] > 0.0f ? logits[id] / repetition : logits[id] * repetition) - taken);
     }
@@ -289,10 +288,10 @@ int32_t choose_token(const Kernels& kernels, const QuireSampling& s, const Sampl
   return 0;  // all are NaN
 }
 
-const char* entries_error(int count, const int32_t* rows, const int32_t* ids, int num_rows, int least, int vocab) {
+const char* entries_error(int count, const int32_t* rows, const int32_t* ids, int num_rows, int vocab) {
   for (int e = 0; e < count; e++) {
     if (rows[e] < (e ? rows[e - 1] : 0) || rows[e] >= num_rows) return "rows of penalties and biases must rise";
-    if (ids[e] < least || ids[e] >= vocab) return "token id outside the vocabulary";
+    if (ids[e] < 0 || ids[e] >= vocab) return "token id outside the vocabulary";
   }
   return nullptr;
 }
@@ -309,10 +308,9 @@ int count_allowed(const uint32_t* mask, int vocab) {
 
 }  // namespace
 
-const char* sampling_error(const QuireSampling& s, int rows, int vocab, bool reads_tokens) {
-  const int least = reads_tokens ? QUIRE_UNREAD : 0;
-  if (const char* problem = entries_error(s.penalties, s.penalty_rows, s.penalty_ids, rows, least, vocab)) return problem;
-  if (const char* problem = entries_error(s.biases, s.bias_rows, s.bias_ids, rows, 0, vocab)) return problem;
+const char* sampling_error(const QuireSampling& s, int rows, int vocab) {
+  if (const char* problem = entries_error(s.penalties, s.penalty_rows, s.penalty_ids, rows, vocab)) return problem;
+  if (const char* problem = entries_error(s.biases, s.bias_rows, s.bias_ids, rows, vocab)) return problem;
   for (int m = 0; m < s.masks; m++)
     if (s.mask_rows[m] <= (m ? s.mask_rows[m - 1] : -1) || s.mask_rows[m] >= rows) return "rows of masks must rise";
   for (int row = 0; row < rows; row++) {
@@ -320,17 +318,6 @@ const char* sampling_error(const QuireSampling& s, int rows, int vocab, bool rea
     if (s.given && (s.given[row] < 0 || s.given[row] >= vocab)) return "token id outside the vocabulary";
   }
   return s.num_top < 0 || s.num_top > vocab ? "more alternatives than tokens" : nullptr;
-}
-
-void count_unread(const QuireSampling& s, const int32_t* tokens, const int32_t* output_rows) {
-  for (int e = 0; e < s.penalties; e++) {
-    if (s.penalty_ids[e] != QUIRE_UNREAD) continue;
-    const int32_t row = s.penalty_rows[e], token = tokens[output_rows[row]];
-    int same = e - 1;
-    while (same >= 0 && s.penalty_rows[same] == row && s.penalty_ids[same] != token) same--;
-    if (same >= 0 && s.penalty_rows[same] == row) s.penalty_counts[same] += s.penalty_counts[e];
-    else s.penalty_ids[e] = token;
-  }
 }
 
 std::vector<SampledRow> rows_of(const QuireSampling& s, int rows, int vocab) {

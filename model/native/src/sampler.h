@@ -21,13 +21,8 @@ struct SampledRow {
   bool adjusts() const { return end_penalty > first_penalty || end_bias > first_bias; }
 };
 
-// Why a sampling is invalid, or null: every number that becomes an index is checked. `reads_tokens`: whether
-// each row reads a token, which its penalties may count.
-const char* sampling_error(const QuireSampling& sampling, int rows, int vocab, bool reads_tokens);
-
-// Counts the tokens [T] that rows read where their penalties, whose entries for these are the last ones,
-// say so.
-void count_unread(const QuireSampling& sampling, const int32_t* tokens, const int32_t* output_rows);
+// Why a sampling is invalid, or null: every number that becomes an index is checked.
+const char* sampling_error(const QuireSampling& sampling, int rows, int vocab);
 
 // The entries of each row.
 std::vector<SampledRow> rows_of(const QuireSampling& sampling, int rows, int vocab);
