@@ -13,8 +13,9 @@ step accepts the drafts.
 A mask costs many times what it costs to check one token. So an output that takes the argmax of its
 logits goes without, if the runner returns them: its row is *open*. The argmax among the allowed
 tokens is that among all if this one is allowed; else the next ones are tried, and at last the mask.
-Which of its masks are computed depends on time and drafts, so none of them but this last one may
-fail an open output.
+The runner goes on with the argmax among all: if that is not allowed, the row that it computed with
+it is in vain, and the next tokens get masks. Which masks are computed depends on time and drafts,
+so none of them but the one for this choice may fail an open output.
 
 The masks of an output are a function of the request and of its tokens, so another engine that reads
 the tokens again gets the same ones. The size of a mask's computation is limited by
@@ -46,7 +47,7 @@ _QUICK = 0.002  # an output whose last mask took longer gets no drafts
 
 _TRIES = 24  # tokens of an open row that are checked before its mask is computed
 _NEAR = 10.0  # below the largest logit: others are not worth a try
-_AHEAD = 32  # tokens after a slow mask whose masks are computed ahead
+AHEAD = 32  # tokens whose masks are computed ahead after a slow one, or a row in vain
 _PROBES = (b"a", b"e", b"1")  # texts of which a grammar often allows two
 _FEW = 32  # words of a mask: if more are set, no token is considered to be forced
 _WORD = 32
@@ -106,7 +107,7 @@ class Guide:
         self.takes_argmax = takes_argmax
         self._probes = probes
         self._has_mask = False  # of the next token
-        self._num_ahead = 0  # tokens whose masks are computed ahead
+        self.num_ahead = 0  # next tokens whose masks are computed although rows may be open
         self._token_bytes = token_bytes
         self._time = mask_time
         self._unread = deque(tokens)
@@ -138,8 +139,8 @@ class Guide:
         if not self.failed:
             self._unread.append(token)
             self._read_next()
-            self._num_ahead = max(0, self._num_ahead - 1)
-            if self.takes_argmax and not self._num_ahead:
+            self.num_ahead = max(0, self.num_ahead - 1)
+            if self.takes_argmax and not self.num_ahead:
                 self.ready = not (self.failed or self._matcher.ended)
 
     def compute_mask(self) -> None:
@@ -156,7 +157,7 @@ class Guide:
             return
         if not self.takes_argmax:
             self._fill(self._matcher, fails=True)
-        elif self._num_ahead:
+        elif self.num_ahead:
             self._fill(self._matcher.copy())
         self.ready = not self.failed
         self.num_waits = 0
@@ -301,7 +302,7 @@ class Guide:
             self._limit -= seconds
             self.failed |= seconds > MASK_LIMIT or self._limit < 0
             if seconds > _QUICK:
-                self._num_ahead = _AHEAD
+                self.num_ahead = AHEAD
 
     def _make_room(self, num: int) -> None:
         if num > len(self._masks_MW):

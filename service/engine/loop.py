@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from math import inf
 from typing import TYPE_CHECKING
 
 from model.compression import Anchors
@@ -26,6 +27,7 @@ from model.segments import anchor_ids
 from service.engine.adapters import Adapters
 from service.engine.blocks import BlockAllocator
 from service.engine.cost import CostModel
+from service.engine.guide import AHEAD
 from service.engine.inbox import Command, Work
 from service.engine.observer import Observer, StepReport
 from service.engine.outputs import Outputs
@@ -36,7 +38,7 @@ from service.engine.scheduler import Scheduler
 from service.engine.scoring import Scoring
 from service.engine.segments import SegmentPacker
 from service.engine.sequence import Sequence as EngineSequence
-from service.engine.speculate import FEW_TO_SPELL, Speculator, may_speculate
+from service.engine.speculate import Speculator, may_speculate
 from service.engine.thread import EngineThread
 from service.errors import BadRequest
 from service.messages import Event, FinishReason, GenerationRequest, ModelCard
@@ -78,17 +80,16 @@ class EngineLoop(EngineThread):
         if segmented:
             anchors = anchor_ids(token_bytes, eos_ids)
         speculator = None
-        self._fewest_to_defer = 0  # running sequences, if any of them has a grammar
         if may_speculate(config, exact=runner.exact):
             ahead = overlapped(runner)
             most_sampled = config.max_batch_tokens if ahead is None else ahead.most_sampled
-            self._fewest_to_defer = FEW_TO_SPELL
             speculator = Speculator(
                 config,
                 self._cost,
                 most_sampled=most_sampled,
                 pauses=ahead is not None and ahead.beside_host,
             )
+        self._may_speculate = speculator is not None
         numbered = Adapters(runner.numeric_class, adapters)
         self._scheduler = Scheduler(
             config,
@@ -161,7 +162,7 @@ class EngineLoop(EngineThread):
             self._collect()
             self._deliver_before_step()
         elif self._pipeline.must_be_read(
-            masks_may_wait=len(self._scheduler.running) >= self._fewest_to_defer
+            len(self._scheduler.running) if self._may_speculate else inf
         ) or (self._pipeline and self._scheduler.expects_drafts()):
             self._collect()
         self._enqueue_scored()
@@ -231,7 +232,8 @@ class EngineLoop(EngineThread):
         """Samples the newest step, if that was deferred, with masks after the tokens just read."""
         if (plan := self._pipeline.deferred) is None:
             return
-        without = [each for each in plan.sampling if each.is_alive and not each.may_sample]
+        alive = (each for each in plan.sampling if each.is_alive and each not in plan.skipped)
+        without = [each for each in alive if not each.may_sample]
         self._outputs.guides.mask_time.compute_masks(s.guide for s in without if s.guide)
         for sequence in without:
             if not sequence.may_sample:
@@ -254,6 +256,11 @@ class EngineLoop(EngineThread):
         sequence was removed, or its grammar failed in an open row: the next step ends it.
         """
         plan, result = step.plan, step.result
+        later = self._pipeline.deferred
+        for sequence, guide in result.replaced.items():
+            if later is not None and sequence in later.sampling:  # which computes the wrong token
+                self._scheduler.skip(later, sequence)
+                guide.num_ahead = AHEAD
         for sequence, scores in result.prompt_logprobs.items():
             if sequence.is_alive:
                 self._outputs.score_prompt(sequence.id, scores)

@@ -267,10 +267,11 @@ class Packer:
         for sequence in plan.sampling:
             num = 1 + len(plan.drafts.get(sequence, ()))
             state = self._state_of(sequence)
-            if sequence.guide is not None and sequence.guide.is_open:
-                open_rows.append(row)
-            elif state is None:
+            if state is None or sequence in plan.skipped:
                 pass
+            elif sequence.guide is not None and sequence.guide.is_open:
+                open_rows.append(row)
+                plan.opened[sequence] = sequence.guide
             elif sequence.guide is not None and sequence.guide.binds(num):
                 rows.extend(range(row, row + num))
                 masks.append(sequence.guide.masks(num))

@@ -23,6 +23,8 @@ from model.batch import Batch, Bools, StepOutput
 from model.runners import Runner, deferring, overlapped
 from service.engine.pack import Packer, unread_rows
 from service.engine.plan import Plan
+from service.engine.sequence import Sequence
+from service.engine.speculate import FEW_TO_SPELL
 from service.engine.unpack import StepResult, unpack
 
 
@@ -69,19 +71,19 @@ class Pipeline:
         """Steps that may be in flight while the next one is planned."""
         return 0 if self._overlapped is None else 1
 
-    def must_be_read(self, *, masks_may_wait: bool) -> bool:
-        """Whether the next step needs a token that is in flight, or the number of them.
-        `masks_may_wait`: if the runner samples later, masks are made until then.
+    def must_be_read(self, num_running: float) -> bool:
+        """Whether the next step needs a token that is in flight, or the number of them; if few
+        sequences are running, also to draft what grammars force.
         """
-        defers = self._deferring is not None
         return any(
-            flight.plan.drafts
-            or any(
-                each.chooses_by_tokens and not (defers and each.may_defer(masks=masks_may_wait))
-                for each in flight.plan.sampling
-            )
+            flight.plan.drafts or any(self._waits(s, num_running) for s in flight.plan.sampling)
             for flight in self._flights
         )
+
+    def _waits(self, sequence: Sequence, num_running: float) -> bool:
+        guide = sequence.guide
+        spells = guide is not None and num_running < FEW_TO_SPELL[guide.takes_argmax]
+        return sequence.chooses_by_tokens and (spells or self._deferring is None)
 
     @property
     def deferred(self) -> Plan | None:

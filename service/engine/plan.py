@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from model.compression import Compression
 from service.engine.cost import CostModel, StepWork
+from service.engine.guide import Guide
 from service.engine.sequence import Sequence, Source
 
 UNMEASURED_CHUNK = 128  # prompt tokens in a step with decodes, before durations are known
@@ -62,6 +63,7 @@ class Plan:
     read_for: list[Sequence] = field(default_factory=list)  # why the step before was read first
     sampling: list[Sequence] = field(default_factory=list)  # those that get tokens, in order
     skipped: set[Sequence] = field(default_factory=set)  # of these, those that get none after all
+    opened: dict[Sequence, Guide] = field(default_factory=dict)  # and those whose rows are open
     scored: dict[Sequence, range] = field(default_factory=dict)  # prompt positions to score
     prompt_tokens: int = 0  # prompt tokens in this step
     recomputed_tokens: int = 0  # computed before, then lost by a preemption

@@ -156,12 +156,6 @@ class Sequence:
             return True
         return self.needs_tokens
 
-    def may_defer(self, *, masks: bool) -> bool:
-        """Whether it may be sampled later than its layers are launched: with a grammar if `masks`
-        may, but not if the token before is the host's choice.
-        """
-        return self.guide is None or (masks and not self.guide.takes_argmax)
-
     @property
     def scores_prompt(self) -> bool:
         """Whether log probabilities of the prompt's tokens are still to be computed.

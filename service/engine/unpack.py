@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from model.batch import Floats, Ints, StepOutput
+from service.engine.guide import Guide
 from service.engine.plan import Plan
 from service.engine.sequence import Sequence
 from service.engine.speculate import accepted
@@ -22,27 +23,33 @@ class StepResult:
     runs: list[list[int]]
     logprobs: list[abc.Sequence[TokenLogprob]]  # of each run; empty if not requested
     prompt_logprobs: dict[Sequence, list[tuple[int, TokenLogprob]]]  # -> (position, score)
+    replaced: dict[Sequence, Guide]  # those whose token is another one than the runner's
 
 
 def unpack(plan: Plan, output: StepOutput) -> StepResult:
     """Splits the rows of a step's output by sequence."""
     sampled: list[int] = output.tokens_R.tolist()
     runs = [[token] for token in sampled] if not plan.drafts else _unpack_runs(plan, sampled)
-    if output.open_logits_LV.size:
-        _choose_open(plan, runs, output)
+    replaced = _choose_open(plan, runs, output)
     logprobs: list[abc.Sequence[TokenLogprob]] = [()] * len(runs)
     if output.logprobs_R.size:
         logprobs = _unpack_logprobs(plan, runs, output)
-    return StepResult(runs=runs, logprobs=logprobs, prompt_logprobs=_unpack_scores(plan, output))
+    scores = _unpack_scores(plan, output)
+    return StepResult(runs=runs, logprobs=logprobs, prompt_logprobs=scores, replaced=replaced)
 
 
-def _choose_open(plan: Plan, runs: list[list[int]], output: StepOutput) -> None:
-    """Replaces the argmax of open rows by that among the tokens that their grammars allow."""
-    guided = ((run, each.guide) for run, each in zip(runs, plan.sampling, strict=True))
-    opened = [(run, guide) for run, guide in guided if guide is not None and guide.is_open]
-    for (run, guide), logits_V in zip(opened, output.open_logits_LV, strict=True):
-        token = guide.choose(run[0], logits_V)
-        run[:] = [] if token is None else [token]
+def _choose_open(plan: Plan, runs: list[list[int]], output: StepOutput) -> dict[Sequence, Guide]:
+    """Replaces the argmax of open rows by that among the tokens that their grammars allow. Returns
+    the sequences whose token is then another one.
+    """
+    replaced = {}
+    owned = dict(zip(plan.sampling, runs, strict=True))
+    for (sequence, guide), logits_V in zip(plan.opened.items(), output.open_logits_LV, strict=True):
+        run = owned[sequence]
+        if sequence.is_alive and (token := guide.choose(run[0], logits_V)) != run[0]:
+            run[:] = [] if token is None else [token]
+            replaced[sequence] = guide
+    return replaced
 
 
 def _unpack_runs(plan: Plan, sampled: list[int]) -> list[list[int]]:

@@ -1,7 +1,8 @@
-"""NoiseRunner: logits that are seeded noise of a token and its place, through the real sampler.
+"""NoiseRunner: logits are seeded noise of a token and those before it, through the real sampler.
 
 Exact and cheap, and it hesitates: tables of noise like no token much better than another. Texts in
-quotes come to their end because what ends things is a little likelier.
+quotes come to their end because what ends things is a little likelier. Earlier tokens are read from
+its cache, so it notices if that has other ones.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ EOS_IDS = frozenset({VOCAB_SIZE - 1})
 
 
 class NoiseRunner:
-    """Without a network; what a step computes is a function of its tokens and positions."""
+    """Without a network; what a step computes is a function of its tokens and of cached ones."""
 
     def __init__(
         self,
@@ -46,7 +47,8 @@ class NoiseRunner:
         self.keeps_logits = keeps_logits
         generator = torch.Generator().manual_seed(3)
         self._by_token = torch.randn((size, size), generator=generator)
-        self._by_place = torch.randn((64, size), generator=generator)
+        self._by_context = torch.randn((64, size), generator=generator)
+        self._cache = np.zeros((num_blocks, self.block_size), np.int64)
         for token, text in enumerate(token_bytes):
             self._by_token[:, token] += 2.5 if text in ENDINGS else 0.0
 
@@ -56,8 +58,7 @@ class NoiseRunner:
         batch.check(block_size=self.block_size, num_blocks=self.num_blocks, vocab_size=size)
         rows = batch.sample_rows_R
         tokens_R = torch.from_numpy(batch.tokens_T[rows]).long()
-        places_R = torch.from_numpy(batch.positions_T[rows] % 64).long()
-        logits_RV = self._by_token[tokens_R] + self._by_place[places_R]
+        logits_RV = self._by_token[tokens_R] + self._by_context[self._contexts(batch)]
         sampled = sample(logits_RV, batch.sampling)
         none = np.zeros(0, np.float32)
         return StepOutput(
@@ -70,6 +71,19 @@ class NoiseRunner:
             score_top_logprobs_QN=np.zeros((0, 0), np.float32),
             open_logits_LV=logits_RV.numpy()[batch.sampling.open_rows_L],
         )
+
+    def _contexts(self, batch: Batch) -> torch.Tensor:
+        """Stores the tokens of a step. Returns a number per sampled row, of all up to it."""
+        owners_T = np.repeat(np.arange(batch.num_sequences), np.diff(batch.query_starts_S1))
+        blocks, offsets = np.divmod(batch.positions_T, self.block_size)
+        self._cache[batch.block_table_SB[owners_T, blocks], offsets] = batch.tokens_T
+        numbers = []
+        for row in batch.sample_rows_R:
+            length = int(batch.positions_T[row]) + 1
+            table = batch.block_table_SB[owners_T[row], : -(-length // self.block_size)]
+            tokens = self._cache[table].ravel()[:length]
+            numbers.append(int(tokens @ np.arange(1, 1 + length)) % len(self._by_context))
+        return torch.tensor(numbers, dtype=torch.long)
 
     def warm_up(self) -> None:
         """Nothing to prepare."""

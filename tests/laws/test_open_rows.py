@@ -27,7 +27,14 @@ from service.engine.plan import EngineConfig
 from service.messages import FinishReason, GenerationRequest
 from tests.laws.noise import EOS_IDS, TOKEN_BYTES, VOCAB_SIZE, NoiseRunner
 from tests.laws.random_schemas import random_schema
-from tests.laws.test_structured import OBJECT, Engine, OverlappedNoise, alone, request
+from tests.laws.test_structured import (
+    OBJECT,
+    DeferringNoise,
+    Engine,
+    OverlappedNoise,
+    alone,
+    request,
+)
 
 DEAD_END = lark_grammar('start: "a" "b" x | "c"\nx: x "d"')
 
@@ -127,6 +134,53 @@ def test_without_masks_answers_are_the_same(grammars: CountingGrammars, seed: in
     ahead = OverlappedNoise(keeps_logits=True)
     check(Engine(grammars, runner=ahead), requests, expected)
     assert ahead.most_ahead == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(3))
+def test_a_step_launched_with_the_wrong_token_changes_no_answer(
+    grammars: CountingGrammars, seed: int
+) -> None:
+    """The host chose another token than the runner's, which the next step computes already. That
+    one is computed again, also if it filled a block, or if its sequence loses its seat meanwhile.
+    """
+    requests = some_requests(seed)
+    expected = alone(lambda: engine_of(grammars, keeps=False), requests)
+    later = [  # finds blocks of earlier answers
+        replace(one, id=f"{one.id}+", prompt_ids=(*one.prompt_ids, *expected.ids[one.id]))
+        for one in requests
+    ]
+    requests += later
+    expected = alone(lambda: engine_of(grammars, keeps=False), requests)
+    for num_blocks in (1024, 70, 52):
+        runner = DeferringNoise(keeps_logits=True, num_blocks=num_blocks)
+        engine = Engine(grammars, runner=runner)
+        check(engine, requests, expected)
+        assert runner.num_deferred > 20
+        assert engine.recomputed > 5
+        if num_blocks == 1024:
+            assert engine.recomputed < 60, "the tokens after such a one get masks"
+        assert (engine.preempted > 0) is (num_blocks < 1024)
+
+
+def test_an_abort_leaves_no_block_with_a_wrong_token(grammars: CountingGrammars) -> None:
+    """Between the step that computes it and the one that computes the right one."""
+    for num in range(24):
+        one = greedy("x" * (num % 8), json_schema_grammar(OBJECT), max_tokens=12)
+        answer = alone(lambda: engine_of(grammars, keeps=False), [one])
+        later = replace(one, id="later", prompt_ids=(*one.prompt_ids, *answer.ids[one.id]))
+        expected = alone(lambda: engine_of(grammars, keeps=False), [later])
+        engine = Engine(grammars, runner=DeferringNoise(keeps_logits=True))
+        loop = engine.loop()
+        engine.add(loop, one)
+        for _ in range(2 + num // 8):
+            loop.step()
+        loop.abort(one.id)
+        loop.step()
+        engine.add(loop, later)
+        engine.finish(loop)
+        assert one.id not in engine.ends
+        assert engine.result("later") == expected.result("later")
 
 
 def test_a_take_over_goes_on_exactly_after_every_token(grammars: CountingGrammars) -> None:

@@ -70,11 +70,13 @@ class Engine(Observer):
     drafts: int = 0
     accepted: int = 0
     preempted: int = 0
+    recomputed: int = 0
 
     def stepped(self, report: StepReport) -> None:
         self.drafts += report.num_drafts
         self.accepted += report.num_accepted
         self.preempted += len(report.preempted)
+        self.recomputed += report.recomputed_tokens
 
     def take(self, events: Sequence[Event]) -> None:
         for event in events:
@@ -85,7 +87,12 @@ class Engine(Observer):
                 self.texts[event.request_id] += event.record.text
 
     def run(self, *works: Work | GenerationRequest) -> Engine:
-        loop = EngineLoop(
+        loop = self.loop()
+        self.add(loop, *works)
+        return self.finish(loop)
+
+    def loop(self) -> EngineLoop:
+        return EngineLoop(
             self.runner,
             config=replace(self.config, speculate=self.drafting),
             cost=FreeRows(),
@@ -95,10 +102,14 @@ class Engine(Observer):
             observer=self,
             grammars=self.grammars,
         )
+
+    def add(self, loop: EngineLoop, *works: Work | GenerationRequest) -> None:
         for item in works:
             work = item if isinstance(item, Work) else Work(request=item)
             self.ids[work.request.id], self.texts[work.request.id] = [], ""
             loop.add(work)
+
+    def finish(self, loop: EngineLoop) -> Engine:
         while loop.step():
             loop.check_integrity()
         loop.check_integrity()
