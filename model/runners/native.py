@@ -107,7 +107,7 @@ class NativeRunner:
         self._newest: Batch | None = None  # the batch that was launched last
         self._launched = 0  # steps
         self._model = NativeModel(library, shape, variant=variant)
-        self._open_LV = np.empty((0, config.vocab_size), np.float32)
+        self._open_LV = [np.empty((0, config.vocab_size), np.float32)] * 2
         self._load(weights, options, digest)
         load_adapters(self._model, config, weights, options.adapters)
 
@@ -139,7 +139,7 @@ class NativeRunner:
         if not self._flights or self._flights[-1].handle != handle or self._flights[-1].head:
             raise ValueError("only the newest step samples later, if that was deferred")
         flight = self._flights.pop()
-        head, logprobs, open_LV = self._head(flight.batch, sampling, _NO_LAYERS)
+        head, logprobs, open_LV = self._head(handle.number, flight.batch, sampling, _NO_LAYERS)
         self._model.launch(head)
         self._flights.append(
             replace(
@@ -173,11 +173,11 @@ class NativeRunner:
     def close(self) -> None:
         self._model.close()
 
-    def _room(self, rows: int) -> Floats:
-        """Memory for the logits of open rows."""
-        if len(self._open_LV) < rows:
-            self._open_LV = logits_room(rows, self.config.vocab_size)
-        return self._open_LV[:rows]
+    def _room(self, rows: int, number: int) -> Floats:
+        """Memory for the logits of open rows of a step, which the next one leaves alone."""
+        if len(self._open_LV[number % 2]) < rows:
+            self._open_LV[number % 2] = logits_room(rows, self.config.vocab_size)
+        return self._open_LV[number % 2][:rows]
 
     def _load(self, weights: Weights | Arrays, options: RunnerOptions, digest: str) -> None:
         """Packs the weights, or reads what an earlier process packed."""
@@ -211,10 +211,11 @@ class NativeRunner:
         if deferred:
             none_R = batch.sample_rows_R[:0]
             first = NativeStep(**layers, output_rows_R=none_R, keeps_rows=True)
-            logprobs, open_LV = NO_LOGPROBS, self._open_LV[:0]
+            logprobs, open_LV = NO_LOGPROBS, self._room(0, number)
         else:
             keeps = len(batch.score_rows_Q) > 0
-            first, logprobs, open_LV = self._head(batch, batch.sampling, layers, keeps_rows=keeps)
+            sampling = batch.sampling
+            first, logprobs, open_LV = self._head(number, batch, sampling, layers, keeps_rows=keeps)
         scores = list(self._scores(batch))
         return _Flight(
             handle=StepHandle(number),
@@ -229,6 +230,7 @@ class NativeRunner:
 
     def _head(
         self,
+        number: int,
         batch: Batch,
         sampling: SamplingBatch,
         layers: Mapping[str, Any],
@@ -239,7 +241,7 @@ class NativeRunner:
         columns = None
         if not is_greedy(sampling):
             columns = NativeSampling.of(sampling, vocab_size=self.config.vocab_size)
-        open_LV = self._room(len(sampling.open_rows_L))
+        open_LV = self._room(len(sampling.open_rows_L), number)
         step = NativeStep(
             **layers,
             output_rows_R=batch.sample_rows_R,

@@ -121,6 +121,24 @@ def test_sampling_that_comes_later_is_that_of_the_step(build: Callable[[], Nativ
         ahead.collect(handle)
 
 
+def test_logits_of_open_rows_outlast_the_next_step(build: Callable[[], NativeRunner]) -> None:
+    """Which may have some of its own, of other sequences."""
+    runner = build()
+    batches = []
+    for number in range(3):
+        greedy = Piece(tokens=PROMPTS[number], blocks=[number], count=len(PROMPTS[number]))
+        batch = make_batch([greedy])
+        opened = replace(batch.sampling, open_rows_L=np.zeros(1, np.int32))
+        batches.append(replace(batch, sampling=opened))
+    alone = [runner.run(batch).open_logits_LV.copy() for batch in batches]
+    handles = [runner.launch(batch) for batch in batches[:2]]
+    first = runner.collect(handles[0])
+    assert np.array_equal(first.open_logits_LV, alone[0])
+    handles.append(runner.launch(batches[2]))
+    for handle, expected in zip(handles[1:], alone[1:], strict=True):
+        assert np.array_equal(runner.collect(handle).open_logits_LV, expected)
+
+
 def counts(texts: list[list[int]], index: int) -> list[int]:
     """Of the tokens that a step computes."""
     return [1 if index else len(text) for text in texts]
