@@ -316,6 +316,7 @@ class EngineLoop(EngineThread):
                 blocks_free=allocator.num_free,
                 preempted=tuple(sequence.id for sequence in plan.preempted),
                 recomputed_tokens=plan.recomputed_tokens,
+                num_skipped=len(plan.skipped),
                 prefix_hit_tokens=plan.prefix_hit_tokens,
                 prompt_tokens=plan.prompt_tokens,
             )

@@ -24,6 +24,7 @@ class StepReport:
     blocks_free: int = 0
     preempted: tuple[str, ...] = ()  # by this step: request ids; may repeat one
     recomputed_tokens: int = 0  # computed again in this step, after a preemption
+    num_skipped: int = 0  # rows in vain: a mask was late, or the host chose another token
     prefix_hit_tokens: int = 0  # prompt tokens of sequences admitted in this step
     prompt_tokens: int  # prompt tokens computed in this step
 

@@ -204,6 +204,7 @@ class Scheduler:
         plan.skipped.add(sequence)
         sequence.num_unread -= 1
         sequence.num_computed -= 1
+        sequence.high_water = min(sequence.high_water, sequence.num_computed)
 
     def update(self, plan: Plan, runs: Iterable[Collection[int]]) -> None:
         """Records that the plan was computed. `runs` has the new tokens of each of `plan.sampling`:

@@ -225,6 +225,7 @@ class ModelMetrics(WorkerObserver, Observer):
         self._prefix_hits.inc(report.prefix_hit_tokens)
         self._preemptions.inc(report.preemptions)
         self.wasted(report.recomputed_tokens, "preemption")
+        self.wasted(report.num_skipped, "grammar")
 
     def claimed(self, claim: Claim) -> None:
         if claim.waited_ms is not None:

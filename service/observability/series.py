@@ -45,7 +45,8 @@ REFUSALS = {*SubmitStatus, BUSY} - {SubmitStatus.OK, SubmitStatus.EXISTS}
 PORTS = ("api", "admin")
 BLOCKS = ("used", "cached", "free")
 WASTE = (
-    "preemption", "take_over", "cancelled", "fenced", "lease_lost", "journal_lost", "storage_full",
+    "preemption", "grammar", "take_over", "cancelled", "fenced", "lease_lost", "journal_lost",
+    "storage_full",
 )  # fmt: skip
 
 _Labelled = TypeVar("_Labelled", Counter, Gauge)

@@ -73,13 +73,14 @@ class CostlyGrammars(Grammars):
         return CostlyMatcher(super().matcher(notation), spend)
 
 
-class Recomputed(Observer):
-    """Counts tokens that were computed again."""
+class Skipped(Observer):
+    """Counts rows in vain."""
 
-    tokens = preemptions = 0
+    rows = recomputed = preemptions = 0
 
     def stepped(self, report: StepReport) -> None:
-        self.tokens += report.recomputed_tokens
+        self.rows += report.num_skipped
+        self.recomputed += report.recomputed_tokens
         self.preemptions += len(report.preempted)
 
 
@@ -93,7 +94,7 @@ class Engine:
         self.texts: dict[str, str] = {}
         self.ends: dict[str, End] = {}
         self.grown: set[str] = set()
-        self.recomputed = Recomputed()
+        self.skipped = Skipped()
         self.loop = EngineLoop(
             runner or NoiseRunner(),
             config=EngineConfig(max_batch_tokens=512, max_sequences=64, speculate=speculate),
@@ -101,7 +102,7 @@ class Engine:
             token_bytes=TOKEN_BYTES,
             eos_ids=EOS_IDS,
             deliver=self._take,
-            observer=self.recomputed,
+            observer=self.skipped,
             clock=lambda: self.now,
             grammars=grammars,
         )
@@ -236,8 +237,9 @@ def test_a_mask_that_comes_too_late_for_a_step_changes_no_answer(greedy: bool) -
         name: end.count for name, end in quiet.ends.items()
     }
     assert runner.num_deferred > 40
-    assert engine.recomputed.tokens > 20
-    assert not engine.recomputed.preemptions
+    assert engine.skipped.rows > 20
+    assert not engine.skipped.recomputed
+    assert not engine.skipped.preemptions
 
 
 @pytest.mark.slow

@@ -70,13 +70,13 @@ class Engine(Observer):
     drafts: int = 0
     accepted: int = 0
     preempted: int = 0
-    recomputed: int = 0
+    skipped: int = 0
 
     def stepped(self, report: StepReport) -> None:
         self.drafts += report.num_drafts
         self.accepted += report.num_accepted
         self.preempted += len(report.preempted)
-        self.recomputed += report.recomputed_tokens
+        self.skipped += report.num_skipped
 
     def take(self, events: Sequence[Event]) -> None:
         for event in events:

@@ -544,3 +544,13 @@ def test_without_the_flag_there_are_none_and_a_shared_queue_is_nobodys() -> None
     assert not any(key.startswith("vllm:") for key in samples(fed(vllm_names=False)))
     engine = samples(fed(vllm_names=True, role="engine"))
     assert engine['vllm:num_requests_waiting{model_name="tiny"}'] == 2
+
+
+def test_wasted_rows_have_their_cause() -> None:
+    metrics = Metrics()
+    engine = metrics.of_model(MODEL)
+    for waste in ({"recomputed_tokens": 7}, {"num_skipped": 2}, {"num_skipped": 1}):
+        engine.stepped(StepReport(**NEVER_COMPUTED | waste | {"preempted": ()}))
+    name = 'quire_wasted_tokens_total{{cause="{}",model="tiny"}}'
+    found = samples(metrics)
+    assert (found[name.format("preemption")], found[name.format("grammar")]) == (7, 3)
