@@ -87,6 +87,7 @@ class _Shape(ctypes.Structure):
 class _Step(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_int32) for name in ("rows", "sequences", "table_width", "outputs")),
+        ("head_later", ctypes.c_int32),
         ("keeps_rows", ctypes.c_int32),
         *((name, ctypes.c_void_p) for name in ("tokens", "positions", "query_starts")),
         *((name, ctypes.c_void_p) for name in ("block_table", "output_rows", "logits", "argmax")),
@@ -193,15 +194,15 @@ class NativeStep:
     Runs the layers over T rows, the head over R of them, which yield `tokens_R`: the argmax, or
     what `sampling` chooses. `logits`: for rows of R that take the argmax, where their V logits go:
     rows of a `logits_room`.
-    T = 0 runs the head alone, over rows of the step before: those that went through the head or, if
-    it `keeps_rows`, any.
+    T = 0 runs the head alone, over rows of the step before: those that went through the head, or
+    will with `head_later`, or, if it `keeps_rows`, any.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  # the fields of a structure
         self, *, tokens_T: Ints, positions_T: Ints, query_starts_S1: Ints, block_table_SB: Ints,
         output_rows_R: Ints, logits: Mapping[int, Floats] | None = None,
-        sampling: NativeSampling | None = None, keeps_rows: bool = False,
-        adapters_S: Ints | None = None,
+        sampling: NativeSampling | None = None, head_later: bool = False,
+        keeps_rows: bool = False, adapters_S: Ints | None = None,
     ) -> None:  # fmt: skip
         tokens_R = np.empty(len(output_rows_R), np.int32) if sampling is None else sampling.tokens_R
         arrays = (tokens_T, positions_T, query_starts_S1, block_table_SB, output_rows_R)
@@ -214,7 +215,7 @@ class NativeStep:
         self.tokens_R = tokens_R
         self._structure = _Step(
             len(tokens_T), len(query_starts_S1) - 1, block_table_SB.shape[1], len(output_rows_R),
-            keeps_rows, *(array.ctypes.data for array in pointed),
+            head_later, keeps_rows, *(array.ctypes.data for array in pointed),
             None if sampling is None else ctypes.addressof(sampling.structure),
             None if adapters is None else adapters.ctypes.data,
         )  # fmt: skip

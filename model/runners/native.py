@@ -205,17 +205,15 @@ class NativeRunner:
             "positions_T": batch.positions_T,
             "query_starts_S1": batch.query_starts_S1,
             "block_table_SB": batch.block_table_SB,
+            "keeps_rows": len(batch.score_rows_Q) > 0,
         }
         if batch.adapters_S.size:
             layers["adapters_S"] = batch.adapters_S
         if deferred:
-            none_R = batch.sample_rows_R[:0]
-            first = NativeStep(**layers, output_rows_R=none_R, keeps_rows=True)
+            first = NativeStep(**layers, output_rows_R=batch.sample_rows_R, head_later=True)
             logprobs, open_LV = NO_LOGPROBS, self._room(0, number)
         else:
-            keeps = len(batch.score_rows_Q) > 0
-            sampling = batch.sampling
-            first, logprobs, open_LV = self._head(number, batch, sampling, layers, keeps_rows=keeps)
+            first, logprobs, open_LV = self._head(number, batch, batch.sampling, layers)
         scores = list(self._scores(batch))
         return _Flight(
             handle=StepHandle(number),
@@ -229,13 +227,7 @@ class NativeRunner:
         )
 
     def _head(
-        self,
-        number: int,
-        batch: Batch,
-        sampling: SamplingBatch,
-        layers: Mapping[str, Any],
-        *,
-        keeps_rows: bool = False,
+        self, number: int, batch: Batch, sampling: SamplingBatch, layers: Mapping[str, Any]
     ) -> tuple[NativeStep, Logprobs, Floats]:
         """A step that samples, where its log probabilities appear and the logits of open rows."""
         columns = None
@@ -247,7 +239,6 @@ class NativeRunner:
             output_rows_R=batch.sample_rows_R,
             logits=dict(zip(sampling.open_rows_L.tolist(), open_LV, strict=True)),
             sampling=columns,
-            keeps_rows=keeps_rows,
         )
         return step, NO_LOGPROBS if columns is None else columns.logprobs, open_LV
 

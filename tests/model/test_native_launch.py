@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -27,8 +28,12 @@ PROMPTS = [[1, 2, 3, 4], [5, 6], [7, 8, 9, 10, 11, 12, 13]]
 Build = Callable[..., NativeRunner]
 
 
-def step(texts: list[list[int]], counts: list[int], order: list[int], *, index: int) -> Batch:
-    """The next tokens of some sequences, each in the slot and the block of its number."""
+def step(
+    texts: list[list[int]], counts: list[int], order: list[int], *, index: int, scored: bool = True
+) -> Batch:
+    """The next tokens of some sequences, each in the slot and the block of its number. `scored`:
+    one of each prompt is.
+    """
     pieces = [
         Piece(
             tokens=texts[number],
@@ -36,7 +41,7 @@ def step(texts: list[list[int]], counts: list[int], order: list[int], *, index: 
             count=counts[number],
             seat=number,
             sampling=WAYS[number] | {"index": index, "top_logprobs": 2},
-            scores={0: 3} if index == 0 and counts[number] > 1 else {},
+            scores={0: 3} if scored and index == 0 and counts[number] > 1 else {},
         )
         for number in order
     ]
@@ -85,15 +90,17 @@ def test_unread_tokens_are_those_of_the_step_before(build: Callable[[], NativeRu
     assert all(output.seconds is not None and output.seconds > 0 for output in outputs)
 
 
-def test_sampling_that_comes_later_is_that_of_the_step(build: Callable[[], NativeRunner]) -> None:
-    """With masks and penalties that depend on the token before, which was read meanwhile; prompts
-    are scored.
-    """
+@pytest.mark.parametrize("scored", [False, True])
+def test_sampling_that_comes_later_is_that_of_the_step(
+    build: Callable[[], NativeRunner], scored: bool
+) -> None:
+    """With masks and penalties that depend on the token before, which was read meanwhile."""
     alone, ahead = build(), build()
+    the_step = partial(step, order=[0, 1, 2], scored=scored)
     expected = []
     texts = [list(prompt) for prompt in PROMPTS]
     for index in range(5):
-        batch = masked(step(texts, counts(texts, index), [0, 1, 2], index=index), texts)
+        batch = masked(the_step(texts, counts(texts, index), index=index), texts)
         expected.append(alone.run(batch))
         for text, token in zip(texts, expected[-1].tokens_R.tolist(), strict=True):
             text.append(token)
@@ -101,14 +108,14 @@ def test_sampling_that_comes_later_is_that_of_the_step(build: Callable[[], Nativ
     outputs, earlier = [], None
     for index in range(5):
         unread = [[*text, UNKNOWN] for text in texts] if index else texts
-        batch = step(unread, counts(texts, index), [0, 1, 2], index=index)
+        batch = the_step(unread, counts(texts, index), index=index)
         unread_T = np.ones(batch.num_tokens, np.bool_) if index else None
         handle = ahead.launch(batch, unread_T=unread_T, deferred=True)
         if earlier is not None:
             outputs.append(ahead.collect(earlier))
             for text, token in zip(texts, outputs[-1].tokens_R.tolist(), strict=True):
                 text.append(token)
-        known = step(texts, counts(texts, index), [0, 1, 2], index=index)
+        known = the_step(texts, counts(texts, index), index=index)
         ahead.sample(handle, masked(known, texts).sampling)
         earlier = handle
     assert earlier is not None

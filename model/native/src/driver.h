@@ -35,7 +35,9 @@ class Driver {
 
   // Whether a step chooses tokens, which the next one may read: not if its head follows as a step of its own, nor if
   // it is the head alone and scores given tokens.
-  static bool chooses(const QuireStep& step) { return step.outputs && !(step.sampling && step.sampling->given); }
+  static bool chooses(const QuireStep& step) {
+    return step.outputs && !step.head_later && !(step.sampling && step.sampling->given);
+  }
 
   // `unread`: [T] outputs of the last step before this one that chooses, or -1 where a token is known; null: all are.
   void launch(const QuireStep& step, const int32_t* unread) {

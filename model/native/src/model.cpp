@@ -190,6 +190,7 @@ Cut cut_step(const QuireShape& shape, const QuireStep& step, int threads) {
 // All rows but those whose token needs no logits: these are written here.
 Heads Model::heads_of(const QuireStep& step) const {
   Heads found;
+  if (step.head_later) return found;
   if (step.sampling) found.sampled = rows_of(*step.sampling, step.outputs, shape.vocab);
   float* next = scratch.logits;
   for (int32_t i = 0; i < step.outputs; i++) {

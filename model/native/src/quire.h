@@ -62,6 +62,7 @@ struct QuireStep {
   int32_t sequences;    // S
   int32_t table_width;  // B
   int32_t outputs;      // R: rows that go through the head
+  int32_t head_later;   // 1: in a step of the head alone, which follows
   int32_t keeps_rows;   // 1: a step of the head alone follows, over other rows than these; 0: of the
                         // others the last layer computes only keys and values
   int32_t* tokens;              // [T]; unread ones are written by the library
