@@ -184,7 +184,7 @@ def test_neither_company_nor_drafts_nor_chunks_change_an_answer(
         engine_of(grammars, drafting=True),
         engine_of(grammars, config=narrow, drafting=True),
         engine_of(grammars, runner=OverlappedNoise()),
-        engine_of(grammars, runner=Noise(num_blocks=24), drafting=True),
+        engine_of(grammars, runner=Noise(num_blocks=20), drafting=True),
     ]
     for engine in engines:
         engine.run(*requests)
