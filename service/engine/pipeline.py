@@ -23,7 +23,6 @@ from model.batch import Batch, Bools, StepOutput
 from model.runners import Runner, deferring, overlapped
 from service.engine.pack import Packer, unread_rows
 from service.engine.plan import Plan
-from service.engine.sequence import Sequence
 from service.engine.speculate import FEW_TO_SPELL
 from service.engine.unpack import StepResult, unpack
 
@@ -72,18 +71,16 @@ class Pipeline:
         return 0 if self._overlapped is None else 1
 
     def must_be_read(self, num_running: float) -> bool:
-        """Whether the next step needs a token that is in flight, or the number of them; if few
-        sequences are running, also to draft what grammars force.
+        """Whether the next step needs a token that is in flight, or the number of them; also to
+        draft what grammars force, if few sequences are running, all of which wait for that.
         """
-        return any(
-            flight.plan.drafts or any(self._waits(s, num_running) for s in flight.plan.sampling)
-            for flight in self._flights
-        )
-
-    def _waits(self, sequence: Sequence, num_running: float) -> bool:
-        guide = sequence.guide
-        spells = guide is not None and num_running < FEW_TO_SPELL[guide.takes_argmax]
-        return sequence.chooses_by_tokens and (spells or self._deferring is None)
+        for flight in self._flights:
+            waiting = [each for each in flight.plan.sampling if each.chooses_by_tokens]
+            guides = [each.guide for each in waiting if each.guide is not None]
+            spells = num_running**2 < sum(FEW_TO_SPELL[guide.takes_argmax] for guide in guides)
+            if flight.plan.drafts or spells or (waiting and self._deferring is None):
+                return True
+        return False
 
     @property
     def deferred(self) -> Plan | None:

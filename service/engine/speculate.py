@@ -43,8 +43,8 @@ from service.engine.plan import EngineConfig, Plan
 from service.engine.predicted import PredictedText
 from service.engine.sequence import Sequence
 
-# Sequences, from which on drafts of texts that a grammar forces gain less than the pauses cost: if
-# it is sampled, and if it takes the argmax, where it costs little to see that nothing is forced.
+# Sequences, from which on drafts of texts that their grammars force gain less than pauses cost: if
+# they are sampled, and if they take the argmax, where it costs little to see that none is forced.
 FEW_TO_SPELL = (4, 12)
 _MOST_SPELLED = 8  # drafts of that grade in a step: each costs a mask first
 _FLOORS = (0.03, 0.1, 0.3, 0.6, 0.85)  # thresholds of a draft's chance; one is chosen per step

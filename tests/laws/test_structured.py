@@ -250,6 +250,25 @@ def test_masks_made_beside_a_step_change_no_answer(grammars: Grammars, drafting:
     assert preempted
 
 
+@pytest.mark.parametrize(
+    ("guided", "others", "temperature", "are_read"),
+    [
+        (3, 0, 1.0, True), (4, 0, 1.0, False), (1, 1, 1.0, False),
+        (11, 0, 0.0, True), (12, 0, 0.0, False), (2, 2, 0.0, True), (1, 3, 0.0, False),
+    ],
+)  # fmt: skip
+def test_few_are_read_first_for_drafts_that_grammars_force(
+    grammars: Grammars, guided: int, others: int, temperature: float, are_read: bool
+) -> None:
+    """And not if many others would wait for that."""
+    fields = {"temperature": temperature, "logit_bias": (), "max_tokens": 30}
+    requests = [request(f"r{n}", json_schema_grammar(OBJECT), **fields) for n in range(guided)]
+    requests += [request(f"plain {n}", None, max_tokens=40) for n in range(others)]
+    runner = DeferringNoise(keeps_logits=True)
+    Engine(grammars, runner=runner, drafting=True).run(*requests)
+    assert (runner.num_deferred == 0) is are_read
+
+
 def test_drafts_change_no_answer(grammars: Grammars) -> None:
     requests = [request(f"r{n}", json_schema_grammar(OBJECT), seed=n) for n in range(2)]
     plain = Engine(grammars).run(*requests)
