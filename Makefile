@@ -23,9 +23,11 @@ INSTALL := $(PIP) install $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS))
 # If there is no compiler, and pip does not find the package ziglang, either.
 WITHOUT_ZIGLANG := ! { command -v g++ || command -v clang++ || command -v c++; } >/dev/null && WITHOUT_ZIGLANG=1
 NO_INSTALL = { echo "pip failed; if a version has no wheel here, try: make $(MAKECMDGOALS) CONSTRAINTS="; exit 1; }
-# llama.cpp without what the comparison does not need; it detects the instructions by itself.
+# llama.cpp without what the comparison does not need; it detects the instructions by itself. GCC would
+# remove stores to its AMX configuration as dead: an illegal instruction at the first product.
 LLAMA_CPP := -DCMAKE_BUILD_TYPE=Release -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF \
-  -DLLAMA_BUILD_APP=OFF -DLLAMA_USE_PREBUILT_UI=OFF -DLLAMA_OPENSSL=OFF
+  -DLLAMA_BUILD_APP=OFF -DLLAMA_USE_PREBUILT_UI=OFF -DLLAMA_OPENSSL=OFF \
+  -DCMAKE_CXX_FLAGS='-fno-tree-dse -fno-dse'
 # Each process that tests start, and pytest itself, would compile every module again.
 export PYTHONDONTWRITEBYTECODE :=
 # Tests run in one process per core, at most eight: each starts servers and loads models of its own.

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -172,14 +173,26 @@ def test_the_amx_variant_gives_the_same_products(emulating_library: NativeLibrar
 
 
 @pytest.mark.longer
+@pytest.mark.parametrize("sizes", [
+    {"head_dim": 32},
+    {"head_dim": 64},  # whole tiles of keys: many queries attend by tiles
+    {"head_dim": 128, "sliding_window": 100, "full_attention_layers": frozenset({1})},
+], ids=["32", "64", "128"])  # fmt: skip
 def test_the_amx_variant_gives_the_same_steps(
-    emulating_library: NativeLibrary, native_config: Callable[..., ModelConfig]
+    sizes: dict[str, Any],
+    emulating_library: NativeLibrary,
+    native_config: Callable[..., ModelConfig],
 ) -> None:
-    config = native_config(hidden_size=96, num_heads=6, head_dim=32)
+    config = native_config(hidden_size=96, num_heads=6, **sizes)
     weights = tiny_weights(config)
     text = list(range(97)) * 3
     found = []
-    for variant, threads, chunk in (("portable", 1, 291), ("amx", 1, 291), ("amx", 3, 17)):
+    for variant, threads, chunk in (
+        ("portable", 1, 291),
+        ("amx", 1, 291),
+        ("amx", 3, 17),
+        ("amx", 2, 2),
+    ):
         options = RunnerOptions(num_blocks=32, num_threads=threads)
         runner = NativeRunner(
             config, weights, options=options, digest="0" * 64, variant=variant,
@@ -209,7 +222,7 @@ from tests.support.builders import Piece, make_batch, tiny_model_config, tiny_we
 
 library = NativeLibrary(Path(sys.argv[1]))
 config = tiny_model_config(
-    hidden_size=96, head_dim=32, intermediate_size=112, qkv_bias=True, qk_norm=True,
+    hidden_size=96, head_dim=64, intermediate_size=112, qkv_bias=True, qk_norm=True,
     sliding_window=270, full_attention_layers=frozenset({1}),
 )
 text = [*range(97)] * 4

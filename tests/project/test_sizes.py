@@ -15,7 +15,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 SOURCES = frozenset({".py", ".cpp", ".h", ".inl", ".lua", ".js", ".css", ".html"})
-CEILINGS = {"model": 23_020, "service": 34_215, "loadtest": 6_600}  # non-blank lines
+CEILINGS = {"model": 23_170, "service": 34_215, "loadtest": 6_600}  # non-blank lines
 LARGEST_FILE = 350
 REPEATED = 6  # identical lines in a row
 

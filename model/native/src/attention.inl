@@ -15,6 +15,11 @@ constexpr int QUERIES = 6, GROUPS_TOGETHER = 1;  // sums of two registers each
 constexpr int values_together(int queries) { return queries <= 2 ? 4 : 1; }
 constexpr int NARROW_QUERIES = 3, NARROW_SUMS = 12;  // of values in 8 bits; registers of sums
 #endif
+#if defined(QUIRE_TILES_FILL)
+constexpr int MOST_QUERIES = 16;  // of an 8-bit cache, by tiles: see narrow_amx.inl
+#else
+constexpr int MOST_QUERIES = QUERIES;
+#endif
 
 // The weights of a split's values in 14 bits, as the variant's instructions take them.
 union WeightCodes {
@@ -31,19 +36,22 @@ struct Coming {
   bool is_cold;               // nothing was prefetched for the computed one
 };
 
-// The state of one walk over the keys of a split, by up to QUERIES queries.
+// The state of one walk over the keys of a split, by up to MOST_QUERIES queries.
 struct Walk {
   const AttentionItem* item;
-  const float* queries[QUERIES];
-  int low[QUERIES], high[QUERIES];  // positions that each query sees: low <= p < high
-  int begin, end;                   // of the walk; begin is a multiple of GROUP
-  bool is_first;                    // of the walks over these keys: the later ones find them in a cache
-  Coming coming;                    // the keys and values to prefetch
-  float weights[QUERIES][SPLIT];    // scores, then weights; index: position - begin
+  const float* queries[MOST_QUERIES];
+  int low[MOST_QUERIES], high[MOST_QUERIES];  // positions that each query sees: low <= p < high
+  int begin, end;                             // of the walk; begin is a multiple of GROUP
+  bool is_first;  // of the walks over these keys: the later ones find them in a cache
+  Coming coming;  // the keys and values to prefetch
+  // Scores, then weights; index: position - begin. The distance of rows is no power of two: they would share few sets
+  // of the L1 cache.
+  float weights[MOST_QUERIES][SPLIT + LANES];
   // Of an 8-bit cache: see narrow.inl.
-  int8_t codes[QUERIES][DIM_MAX];
-  float scales[QUERIES], biases[QUERIES], value_scales[QUERIES];
-  WeightCodes weight_codes[QUERIES];
+  float scales_of_keys[SPLIT], scales_of_values[SPLIT];  // index: position - begin
+  int8_t codes[MOST_QUERIES][DIM_MAX];
+  float scales[MOST_QUERIES], biases[MOST_QUERIES], value_scales[MOST_QUERIES];
+  WeightCodes weight_codes[MOST_QUERIES];
 };
 
 static uint8_t* region_at(const AttentionItem& item, int position) {
@@ -88,36 +96,6 @@ template <typename Cell, int WIDTH> struct Fetch {
   }
 };
 
-template <int COUNT, int WIDTH> static void score_wide_groups(Walk& walk, int position) {
-  const AttentionItem& item = *walk.item;
-  const int dim = item.shape->dim;
-  const uint16_t* keys[WIDTH];
-  Lanes sums[COUNT][WIDTH];
-  QUIRE_UNROLL
-  for (int g = 0; g < WIDTH; g++) keys[g] = cells_at<uint16_t>(item, position + g * GROUP, 0);
-  QUIRE_UNROLL
-  for (int q = 0; q < COUNT; q++)
-    QUIRE_UNROLL
-    for (int g = 0; g < WIDTH; g++) sums[q][g] = splat(0.0f);
-  const Fetch<uint16_t, WIDTH> fetch(walk, position, 0);
-  for (int d = 0; d < dim; d++) {
-    if (d % 2 == 0) fetch.line(d / 2);
-    Lanes k[WIDTH];
-    QUIRE_UNROLL
-    for (int g = 0; g < WIDTH; g++) k[g] = from_bf16(keys[g] + d * GROUP);
-    QUIRE_UNROLL
-    for (int q = 0; q < COUNT; q++) {
-      const Lanes x = splat(walk.queries[q][d]);
-      QUIRE_UNROLL
-      for (int g = 0; g < WIDTH; g++) sums[q][g] = fma(x, k[g], sums[q][g]);
-    }
-  }
-  QUIRE_UNROLL
-  for (int g = 0; g < WIDTH; g++)
-    QUIRE_UNROLL
-    for (int q = 0; q < COUNT; q++) store(walk.weights[q] + (position + g * GROUP - walk.begin), sums[q][g]);
-}
-
 // Keeps the lanes of a group that a query sees.
 QUIRE_INLINE Lanes seen(const Walk& walk, int q, int position, Lanes s, Lanes otherwise) {
   const int from = walk.low[q] - position, to = walk.high[q] - position;
@@ -126,63 +104,39 @@ QUIRE_INLINE Lanes seen(const Walk& walk, int q, int position, Lanes s, Lanes ot
   return between(from < 0 ? 0 : from, to > GROUP ? GROUP : to, s, otherwise);
 }
 
+// Calls work(position - begin, seen) for the groups of a walk, in order; seen(x, otherwise) keeps the lanes that the
+// query sees, and costs nothing where it sees them all.
+template <typename Work> QUIRE_INLINE void each_group(const Walk& walk, int q, Work work) {
+  const int whole = (walk.low[q] + GROUP - 1) / GROUP * GROUP, rest = walk.high[q] / GROUP * GROUP;
+  int p = walk.begin;
+  const auto edge = [&](Lanes x, Lanes otherwise) { return seen(walk, q, p, x, otherwise); };
+  for (; p < whole && p < walk.end; p += GROUP) work(p - walk.begin, edge);
+  for (; p < rest; p += GROUP) work(p - walk.begin, [](Lanes x, Lanes) { return x; });
+  for (; p < walk.end; p += GROUP) work(p - walk.begin, edge);
+}
+
 // Scores -> weights e^(score - largest), 0 for keys that the query does not see; and largest and sum. In 8 bits
 // weights have the scales of their values in them; returns the largest of these.
 template <bool WIDE> static float softmax(Walk& walk, int q, float* partial) {
   float* weights = walk.weights[q];
   const Lanes least = splat(-__builtin_inff()), none = splat(0.0f);
   Lanes top = least, total = none, most = none;
-  for (int p = walk.begin; p < walk.end; p += GROUP)
-    top = larger(seen(walk, q, p, load(weights + (p - walk.begin)), least), top);
+  each_group(walk, q, [&](int at, auto seen) { top = larger(seen(load(weights + at), least), top); });
   partial[0] = largest(top);
   const Lanes shift = splat(partial[0]);
-  for (int p = walk.begin; p < walk.end; p += GROUP) {
-    Lanes w = exponential_of(larger(splat(-87.0f), load(weights + (p - walk.begin)) - shift));
-    total = total + seen(walk, q, p, w, none);
-    if constexpr (!WIDE) w = w * load(scales_at(*walk.item, p, 1));
-    w = seen(walk, q, p, w, none);
+  each_group(walk, q, [&](int at, auto seen) {
+    Lanes w = exponential_of(larger(splat(-87.0f), load(weights + at) - shift));
+    total = total + seen(w, none);
+    if constexpr (!WIDE) w = w * load(walk.scales_of_values + at);
+    w = seen(w, none);
     most = larger(w, most);
-    store(weights + (p - walk.begin), w);
-  }
+    store(weights + at, w);
+  });
   partial[1] = sum(total);
   return WIDE ? 1.0f : largest(most);
 }
 
-// Weighted values, WIDTH lanes of D at a time. Positions that no query of the walk sees are not read:
-// a slot beyond a sequence may hold anything, and 0 * NaN is NaN.
-template <int COUNT, int WIDTH>
-static void gather_wide(const Walk& walk, int first, int last, int d, float* partials, size_t stride) {
-  const AttentionItem& item = *walk.item;
-  const int dim = item.shape->dim;
-  Lanes sums[COUNT][WIDTH];
-  QUIRE_UNROLL
-  for (int q = 0; q < COUNT; q++)
-    QUIRE_UNROLL
-    for (int i = 0; i < WIDTH; i++) sums[q][i] = splat(0.0f);
-  for (int p = first; p < last;) {
-    const int stop = (p / GROUP + 1) * GROUP < last ? (p / GROUP + 1) * GROUP : last;
-    const uint16_t* values = cells_at<uint16_t>(item, p, 1) + d;
-    const Fetch<uint16_t, 1> fetch(walk, p / GROUP * GROUP, 1);
-    for (; p < stop; p++, values += dim) {
-      if (!d)
-        for (int line = 0; line < dim / 32; line++) fetch.line(p % GROUP * dim / 32 + line);
-      Lanes v[WIDTH];
-      QUIRE_UNROLL
-      for (int i = 0; i < WIDTH; i++) v[i] = from_bf16(values + i * LANES);
-      QUIRE_UNROLL
-      for (int q = 0; q < COUNT; q++) {
-        const Lanes w = splat(walk.weights[q][p - walk.begin]);
-        QUIRE_UNROLL
-        for (int i = 0; i < WIDTH; i++) sums[q][i] = fma(w, v[i], sums[q][i]);
-      }
-    }
-  }
-  QUIRE_UNROLL
-  for (int q = 0; q < COUNT; q++)
-    QUIRE_UNROLL
-    for (int i = 0; i < WIDTH; i++) store(partials + q * stride + 2 + d + i * LANES, sums[q][i]);
-}
-
+#include "wide.inl"
 #include "narrow.inl"
 
 template <bool WIDE, int COUNT, int WIDTH> QUIRE_INLINE void score_groups(Walk& walk, int position) {
@@ -202,16 +156,21 @@ template <bool WIDE, int COUNT> static void score(Walk& walk) {
   for (; position < walk.end; position += GROUP) score_groups<WIDE, COUNT, 1>(walk, position);
 }
 
-template <bool WIDE, int COUNT> static void attend_walk(Walk& walk, float* partials, size_t stride) {
-  int first = walk.low[0], last = walk.high[0];
-  for (int q = 1; q < COUNT; q++) {
+// The first key that any query sees, and sets the bounds of the walk.
+static int find_bounds(Walk& walk, int count) {
+  int first = walk.low[0];
+  walk.end = walk.high[0];
+  for (int q = 1; q < count; q++) {
     first = walk.low[q] < first ? walk.low[q] : first;
-    last = walk.high[q] > last ? walk.high[q] : last;
+    walk.end = walk.high[q] > walk.end ? walk.high[q] : walk.end;
   }
   walk.begin = first / GROUP * GROUP;
-  walk.end = last;
-  if constexpr (!WIDE)
-    for (int q = 0; q < COUNT; q++) encode_query(walk, q);
+  return first;
+}
+
+template <bool WIDE, int COUNT> static void attend_walk(Walk& walk, float* partials, size_t stride) {
+  const int first = find_bounds(walk, COUNT), last = walk.end;
+  if constexpr (!WIDE) encode(walk, COUNT);
   score<WIDE, COUNT>(walk);
   for (int q = 0; q < COUNT; q++) {
     float* partial = partials + q * stride;
@@ -226,10 +185,27 @@ template <bool WIDE, int COUNT> static void attend_walk(Walk& walk, float* parti
   for (; d < dim; d += LANES) gather_wide<COUNT, 1>(walk, first, last, d, partials, stride);
 }
 
+#if defined(QUIRE_TILES_FILL)
+#include "narrow_amx.inl"
+#endif
+
 // With the number of queries as a constant.
 template <bool WIDE, int COUNT> static void attend_some(Walk& walk, int count, float* partials, size_t stride) {
   if (count == COUNT) return attend_walk<WIDE, COUNT>(walk, partials, stride);
   if constexpr (COUNT > 1) attend_some<WIDE, COUNT - 1>(walk, count, partials, stride);
+}
+
+static int queries_together(const HeadShape& shape, int left) {
+  const int most = shape.wide_cache || shape.dim % K_STEP ? QUERIES : MOST_QUERIES;
+  return left < most ? left : most;
+}
+
+static void attend_together(Walk& walk, int count, float* partials, size_t stride) {
+#if defined(QUIRE_TILES_FILL)
+  if (count > QUERIES) return attend_tiles(walk, count, partials, stride);
+#endif
+  walk.item->shape->wide_cache ? attend_some<true, QUERIES>(walk, count, partials, stride)
+                               : attend_some<false, QUERIES>(walk, count, partials, stride);
 }
 
 static int oldest_of(const AttentionItem& item) {
@@ -254,7 +230,7 @@ static bool attend_queries(const AttentionItem& item, int split, const Coming& c
   walk.item = &item;
   walk.is_first = first == 0;
   walk.coming = coming;
-  int used = 0, places[QUERIES];
+  int used = 0, places[MOST_QUERIES];
   for (int i = 0; i < count; i++) {
     const int row = (first + i) / shared, head = item.head * shared + (first + i) % shared;
     const int position = item.first_position + row;
@@ -271,8 +247,7 @@ static bool attend_queries(const AttentionItem& item, int split, const Coming& c
   }
   if (!used) return false;
   // Queries that see keys are packed to the front of the walk, and their results moved back below.
-  shape.wide_cache ? attend_some<true, QUERIES>(walk, used, partials, stride)
-                   : attend_some<false, QUERIES>(walk, used, partials, stride);
+  attend_together(walk, used, partials, stride);
   for (int u = used - 1; u >= 0; u--) {
     if (places[u] == u) continue;
     memcpy(partials + places[u] * stride, partials + u * stride, (2 + shape.dim) * sizeof(float));
@@ -311,14 +286,14 @@ static void attend_rows(const AttentionItem* item) {
   const HeadShape& shape = *item->shape;
   const int shared = shape.heads / shape.kv_heads, count = item->rows * shared;
   const size_t stride = 2 + shape.dim;
-  float totals[ITEM_QUERIES * (2 + DIM_MAX)], partials[QUERIES * (2 + DIM_MAX)];
+  float totals[ITEM_QUERIES * (2 + DIM_MAX)], partials[MOST_QUERIES * (2 + DIM_MAX)];
   for (int i = 0; i < count; i++) totals[i * stride + 1] = 0.0f;
   const int oldest = oldest_of(*item) / SPLIT, last = (item->first_position + item->rows - 1) / SPLIT;
   for (int split = oldest; split <= last; split++) {
     const bool is_cold = item->is_cold && split == oldest;
     const Coming coming = split < last ? coming_of(item, split + 1, is_cold) : coming_of(item->next, item->next_split, is_cold);
-    for (int first = 0; first < count; first += QUERIES) {
-      const int some = count - first < QUERIES ? count - first : QUERIES;
+    for (int first = 0, some; first < count; first += some) {
+      some = queries_together(shape, count - first);
       if (!attend_queries(*item, split, coming, first, some, partials, stride)) continue;
       for (int i = 0; i < some; i++) merge(totals + (first + i) * stride, partials + i * stride, shape.dim);
     }
@@ -335,8 +310,8 @@ static void attend_split(const AttentionItem* item, int split, float* partials) 
   const size_t stride = 2 + item->shape->dim;
   const int count = item->rows * (item->shape->heads / item->shape->kv_heads);
   const Coming coming = coming_of(item->next, item->next_split, item->is_cold);
-  for (int first = 0; first < count; first += QUERIES) {
-    const int some = count - first < QUERIES ? count - first : QUERIES;
+  for (int first = 0, some; first < count; first += some) {
+    some = queries_together(*item->shape, count - first);
     attend_queries(*item, split, coming, first, some, partials + first * stride, stride);
   }
 }

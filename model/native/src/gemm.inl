@@ -102,25 +102,9 @@ static void finish_rows(const Product& p, int panel, int first, int count, const
   }
 }
 
-static void finish(const Product& p, int panel, int first, int count, const int32_t* acc, Argmax* argmax) {
-  switch (p.epilogue) {
-    case Epilogue::STORE: return finish_rows<Epilogue::STORE>(p, panel, first, count, acc, argmax);
-    case Epilogue::ADD: return finish_rows<Epilogue::ADD>(p, panel, first, count, acc, argmax);
-    case Epilogue::GATED: return finish_rows<Epilogue::GATED>(p, panel, first, count, acc, argmax);
-    case Epilogue::HEAD: return finish_rows<Epilogue::HEAD>(p, panel, first, count, acc, argmax);
-  }
-}
-
 // How far a single tile prefetches: the more rows, the longer a line lasts, and the less a line that comes
-// too early can displace. Measured on Zen 4.
-static size_t near_bytes(int rows) {
-#if defined(QUIRE_TILES_FILL)
-  (void)rows;
-  return 4096;
-#else
-  return rows <= 5 ? 2048 : 8192;
-#endif
-}
+// too early can displace. Measured on Zen 4 and Xeons of the fifth generation.
+static size_t near_bytes(int rows) { return rows <= 5 ? 4096 : 8192; }
 
 // One tile: prefetches a little ahead in the same stream. Several: only the first would wait for memory,
 // so AHEAD_TILES of them prefetch shares of the next panel.
@@ -134,21 +118,51 @@ QUIRE_INLINE Ahead ahead_of(const Product& p, const int8_t* packed, int panel, i
   return {packed + panel_bytes + tile * panel_bytes / shares, line_bytes / shares, p.prefetch, segment};
 }
 
-static void multiply(const Product* product, int first, int end, Argmax* argmax) {
-  const Product& p = *product;
+// Rows of a panel whose sums are complete.
+struct Sums {
+  int panel, first, count;
+  int32_t* acc;
+};
+
+// One of `parts` equal parts of them.
+template <Epilogue EPILOGUE>
+QUIRE_INLINE void finish_part(const Product& p, const Sums& sums, int part, int parts, Argmax* argmax) {
+  const int from = sums.count * part / parts, to = sums.count * (part + 1) / parts;
+  if (from < to) finish_rows<EPILOGUE>(p, sums.panel, sums.first + from, to - from, sums.acc + from * PANEL, argmax);
+}
+
+template <Epilogue EPILOGUE> static void multiply_panels(const Product& p, int first, int end, Argmax* argmax) {
   const Linear& w = *p.weight;
-  alignas(64) int32_t acc[TILE_ROWS_MAX * PANEL];
+  const int tiles = (p.rows + TILE_ROWS - 1) / TILE_ROWS;
+  alignas(64) int32_t acc[2][TILE_ROWS_MAX * PANEL];
+  Sums last = {0, 0, 0, acc[1]};
   for (int panel = first; panel < end; panel++) {
-    const size_t bytes = (size_t)w.inputs_padded * PANEL;
-    const int8_t* packed = w.packed + panel * bytes;
-    const int tiles = (p.rows + TILE_ROWS - 1) / TILE_ROWS;
+    const int8_t* packed = w.packed + panel * (size_t)w.inputs_padded * PANEL;
     for (int row = 0, tile = 0; row < p.rows; tile++) {
-      const int count = rows_of_tile(p.rows - row, tiles - tile);
-      multiply_tile(p.codes.rows + (size_t)row * p.codes.stride, p.codes.stride, count, packed, w.inputs_padded,
-                    ahead_of(p, packed, panel, tile, tiles), acc);
-      finish(p, panel, row, count, acc, argmax);
-      row += count;
+      const Sums sums = {panel, row, rows_of_tile(p.rows - row, tiles - tile), acc[last.acc == acc[0]]};
+      const auto multiply = [&](auto... beside) {
+        multiply_tile(p.codes.rows + (size_t)row * p.codes.stride, p.codes.stride, sums.count, packed,
+                      w.inputs_padded, ahead_of(p, packed, panel, tile, tiles), sums.acc, beside...);
+      };
+#if defined(QUIRE_TILES_FILL)
+      // Its multiplier has a pipeline of its own: meanwhile the last sums are finished.
+      multiply([&](int part, int parts) { finish_part<EPILOGUE>(p, last, part, parts, argmax); });
+      last = sums;
+#else
+      multiply();
+      finish_part<EPILOGUE>(p, sums, 0, 1, argmax);
+#endif
+      row += sums.count;
     }
   }
-  if (p.epilogue == Epilogue::HEAD) drain();
+  finish_part<EPILOGUE>(p, last, 0, 1, argmax);
+}
+
+static void multiply(const Product* product, int first, int end, Argmax* argmax) {
+  switch (product->epilogue) {
+    case Epilogue::STORE: return multiply_panels<Epilogue::STORE>(*product, first, end, argmax);
+    case Epilogue::ADD: return multiply_panels<Epilogue::ADD>(*product, first, end, argmax);
+    case Epilogue::GATED: return multiply_panels<Epilogue::GATED>(*product, first, end, argmax);
+    case Epilogue::HEAD: multiply_panels<Epilogue::HEAD>(*product, first, end, argmax); return drain();
+  }
 }

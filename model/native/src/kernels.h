@@ -1,6 +1,6 @@
 // Kernels: the functions of one instruction-set variant, as a table.
 //
-// The same sources (rows.inl, gemm.inl, blocks.inl, lowrank.inl, attention.inl, narrow.inl, sampling.inl,
+// The same sources (rows.inl, gemm.inl, blocks.inl, lowrank.inl, attention.inl, wide.inl, narrow.inl, sampling.inl,
 // load.inl) are compiled once per variant; the variants differ in the width of `Lanes` and in the integer
 // sums of tiles (tile_*.inl, blocks_*.inl) and of attention (whole_*.inl). Results are equal bit by bit:
 // integer sums are exact, and float arithmetic is that of lanes.h.

@@ -31,7 +31,7 @@ template <int COUNT, int WIDTH> static void score_narrow_groups(Walk& walk, int 
   QUIRE_UNROLL
   for (int g = 0; g < WIDTH; g++) {
     const int at = position + g * GROUP;
-    const Lanes scale = load(scales_at(item, at, 0));
+    const Lanes scale = load(walk.scales_of_keys + (at - walk.begin));
     QUIRE_UNROLL
     for (int q = 0; q < COUNT; q++)
       store(walk.weights[q] + (at - walk.begin),
@@ -48,6 +48,14 @@ static void encode_query(Walk& walk, int q) {
   walk.biases[q] = KEY_BIAS * (float)total;
 }
 
+static void encode(Walk& walk, int count) {
+  for (int q = 0; q < count; q++) encode_query(walk, q);
+  for (int p = walk.begin; p < walk.end; p += GROUP) {
+    store(walk.scales_of_keys + (p - walk.begin), load(scales_at(*walk.item, p, 0)));
+    store(walk.scales_of_values + (p - walk.begin), load(scales_at(*walk.item, p, 1)));
+  }
+}
+
 // Weights -> their codes: codes * value_scale is what values are multiplied by. `valid`: none is NaN.
 static void encode_weights(Walk& walk, int q, float most, bool valid) {
   const float* weights = walk.weights[q];
@@ -55,7 +63,7 @@ static void encode_weights(Walk& walk, int q, float most, bool valid) {
   valid = valid && most >= 1e-30f;
   const Lanes factor = splat(valid ? MOST_WEIGHT / most : 0.0f);
   for (int at = 0; at < walk.end - walk.begin; at += GROUP)
-    store_weights(walk.weight_codes[q], at, valid ? nearest(load(weights + at) * factor) : splat(0.0f));
+    store_weights(walk.weight_codes[q], at, valid ? load(weights + at) * factor : splat(0.0f));
 }
 
 // Queries first_query.. of a walk, WIDTH lanes of D.

@@ -1,4 +1,4 @@
-// multiply_tile with AMX: tiles of 16 rows x 64 bytes.
+// multiply_tile with AMX: tiles of 16 rows x 64 bytes. (narrow_amx.inl attends with them.)
 //
 //   tiles 4, 5   activations: 16 rows each, 64 inputs                    (unsigned)
 //   tiles 6, 7   weights: 16 columns each, 64 inputs as 16 lines of 16 columns x 4 inputs (signed)
@@ -14,6 +14,9 @@
 
 #define QUIRE_TILES_FILL
 constexpr int TILE_ROWS = 32;
+constexpr int FEW_ROWS = 2;  // up to which other instructions wait less for memory
+
+#include "tile_zmm.inl"
 
 #if defined(QUIRE_EMULATE_TILES)
 
@@ -34,22 +37,23 @@ static void emulate_load(int t, const void* p, size_t stride) {
 static void emulate_store(int t, void* p, size_t stride) {
   for (int r = 0; r < 16; r++) memcpy((uint8_t*)p + r * stride, emulated[t].bytes[r], 64);
 }
-// TDPBUSD: unsigned bytes of x times signed bytes of w, four to a 32-bit sum.
-static void emulate_multiply(int sums, int x, int w) {
+// TDPBUSD, TDPBSUD: bytes of x times bytes of w, X the type of the former, four to a 32-bit sum.
+template <typename X, typename W> static void emulate_multiply(int sums, int x, int w) {
   for (int m = 0; m < 16; m++)
     for (int k = 0; k < 16; k++)
       for (int n = 0; n < 16; n++) {
         int32_t total;
         memcpy(&total, emulated[sums].bytes[m] + 4 * n, 4);
         for (int i = 0; i < 4; i++)
-          total += (int32_t)emulated[x].bytes[m][4 * k + i] * (int8_t)emulated[w].bytes[k][4 * n + i];
+          total += (int32_t)(X)emulated[x].bytes[m][4 * k + i] * (W)emulated[w].bytes[k][4 * n + i];
         memcpy(emulated[sums].bytes[m] + 4 * n, &total, 4);
       }
 }
 #define TILE_ZERO(T) emulate_zero(T)
 #define TILE_LOAD(T, p, stride) emulate_load(T, p, stride)
 #define TILE_STORE(T, p, stride) emulate_store(T, p, stride)
-#define TILE_MULTIPLY(SUMS, X, W) emulate_multiply(SUMS, X, W)
+#define TILE_MULTIPLY(SUMS, X, W) emulate_multiply<uint8_t, int8_t>(SUMS, X, W)
+#define TILE_MULTIPLY_SIGNED(SUMS, X, W) emulate_multiply<int8_t, uint8_t>(SUMS, X, W)
 
 #else
 
@@ -75,62 +79,67 @@ static void tiles_end() { _tile_release(); }
 #define TILE_LOAD(T, p, stride) _tile_loadd(T, p, stride)
 #define TILE_STORE(T, p, stride) _tile_stored(T, p, stride)
 #define TILE_MULTIPLY(SUMS, X, W) _tile_dpbusd(SUMS, X, W)
+#define TILE_MULTIPLY_SIGNED(SUMS, X, W) _tile_dpbsud(SUMS, X, W)
 
 #endif
 
 constexpr size_t LINE_BYTES = PANEL * 4;
-constexpr size_t STEP_BYTES = K_STEP / 4 * LINE_BYTES;  // 2 KiB: both weight tiles of 64 inputs
 constexpr size_t SUM_STRIDE = PANEL * sizeof(int32_t);
 
-// Prefetches the share of the 16 lines of one step.
-static void prefetch_step(Ahead& ahead) {
-  for (size_t i = 0; i < K_STEP / 4 * ahead.step; i += 64) __builtin_prefetch(ahead.start + i);
-  ahead.start += K_STEP / 4 * ahead.step;
-}
-
-static void multiply_sixteen(const uint8_t* codes, size_t stride, const int8_t* panel, int inputs_padded,
-                             Ahead ahead, int32_t* acc) {
+// acc[16 HALVES][32] = the products of 16 rows of `upper`, then of `lower`, with 32 columns of `lines`, each
+// `line_bytes` behind the last one. `beside(step)` does other work while the tiles of a step are multiplied.
+template <int HALVES, typename Beside>
+static void multiply_halves(const uint8_t* upper, const uint8_t* lower, size_t stride, const int8_t* lines,
+                            size_t line_bytes, int steps, int32_t* acc, Beside beside) {
   TILE_ZERO(0);
   TILE_ZERO(1);
-  for (int k = 0; k < inputs_padded; k += K_STEP, panel += STEP_BYTES) {
-    prefetch_step(ahead);
-    TILE_LOAD(4, codes + k, stride);
-    TILE_LOAD(6, panel, LINE_BYTES);
-    TILE_LOAD(7, panel + 64, LINE_BYTES);
+  if constexpr (HALVES == 2) {
+    TILE_ZERO(2);
+    TILE_ZERO(3);
+  }
+  for (int step = 0; step < steps; step++, lines += K_STEP / 4 * line_bytes) {
+    TILE_LOAD(4, upper + step * K_STEP, stride);
+    TILE_LOAD(6, lines, line_bytes);
+    TILE_LOAD(7, lines + 64, line_bytes);
     TILE_MULTIPLY(0, 4, 6);
     TILE_MULTIPLY(1, 4, 7);
+    if constexpr (HALVES == 2) {
+      TILE_LOAD(5, lower + step * K_STEP, stride);
+      TILE_MULTIPLY(2, 5, 6);
+      TILE_MULTIPLY(3, 5, 7);
+    }
+    beside(step);
   }
   TILE_STORE(0, acc, SUM_STRIDE);
   TILE_STORE(1, acc + 16, SUM_STRIDE);
-}
-
-static void multiply_thirty_two(const uint8_t* codes, size_t stride, const int8_t* panel, int inputs_padded,
-                                Ahead ahead, int32_t* acc) {
-  TILE_ZERO(0);
-  TILE_ZERO(1);
-  TILE_ZERO(2);
-  TILE_ZERO(3);
-  for (int k = 0; k < inputs_padded; k += K_STEP, panel += STEP_BYTES) {
-    prefetch_step(ahead);
-    TILE_LOAD(4, codes + k, stride);
-    TILE_LOAD(6, panel, LINE_BYTES);
-    TILE_LOAD(7, panel + 64, LINE_BYTES);
-    TILE_MULTIPLY(0, 4, 6);
-    TILE_MULTIPLY(1, 4, 7);
-    TILE_LOAD(5, codes + 16 * stride + k, stride);
-    TILE_MULTIPLY(2, 5, 6);
-    TILE_MULTIPLY(3, 5, 7);
+  if constexpr (HALVES == 2) {
+    TILE_STORE(2, acc + 16 * PANEL, SUM_STRIDE);
+    TILE_STORE(3, acc + 16 * PANEL + 16, SUM_STRIDE);
   }
-  TILE_STORE(0, acc, SUM_STRIDE);
-  TILE_STORE(1, acc + 16, SUM_STRIDE);
-  TILE_STORE(2, acc + 16 * PANEL, SUM_STRIDE);
-  TILE_STORE(3, acc + 16 * PANEL + 16, SUM_STRIDE);
 }
 
+// Beside it finishes other rows in equal parts: `finish(part, parts)`.
+template <typename Finish>
 static void multiply_tile(const uint8_t* codes, size_t stride, int rows, const int8_t* panel, int inputs_padded,
-                          Ahead ahead, int32_t* acc) {
-  if (rows <= 16) multiply_sixteen(codes, stride, panel, inputs_padded, ahead, acc);
-  else multiply_thirty_two(codes, stride, panel, inputs_padded, ahead, acc);
+                          Ahead ahead, int32_t* acc, Finish finish) {
+  if (rows <= FEW_ROWS) {
+    finish(0, 1);
+    return multiply_zmm(codes, stride, rows, panel, inputs_padded, ahead, acc);
+  }
+  const int steps = inputs_padded / K_STEP;
+  const auto prefetch = [&] {  // the share of the lines of one step
+    for (size_t i = 0; i < K_STEP / 4 * ahead.step; i += 64) __builtin_prefetch(ahead.start + i);
+    ahead.start += K_STEP / 4 * ahead.step;
+  };
+  if (rows <= 16)
+    return multiply_halves<1>(codes, codes, stride, panel, LINE_BYTES, steps, acc, [&](int step) {
+      prefetch();
+      if (!step) finish(0, 1);
+    });
+  multiply_halves<2>(codes, codes + 16 * stride, stride, panel, LINE_BYTES, steps, acc, [&](int step) {
+    prefetch();
+    finish(step, steps);
+  });
 }
 
 static int64_t peak(int rounds) {

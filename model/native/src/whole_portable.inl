@@ -31,6 +31,7 @@ QUIRE_INLINE void add_values(ValueSums& sums, ValueCells values, Weights w) {
   for (int i = 0; i < LANES; i++)
     for (int p = 0; p < 4; p++) sums.v[i] += values[4 * i + p] * w[p];
 }
-QUIRE_INLINE void store_weights(WeightCodes& codes, int at, Lanes whole) {
+QUIRE_INLINE void store_weights(WeightCodes& codes, int at, Lanes weights) {
+  const Lanes whole = nearest(weights);
   for (int i = 0; i < LANES; i++) codes.words[at + i] = (int16_t)whole.v[i];
 }

@@ -89,7 +89,7 @@ QUIRE_INLINE Lanes to_lanes(const ValueSums& sums) {
   const __m256i lo = _mm256_hadd_epi32(sums.v[0], sums.v[1]), hi = _mm256_hadd_epi32(sums.v[2], sums.v[3]);
   return {_mm256_cvtepi32_ps(_mm256_permute4x64_epi64(lo, 0xd8)), _mm256_cvtepi32_ps(_mm256_permute4x64_epi64(hi, 0xd8))};
 }
-QUIRE_INLINE void store_weights(WeightCodes& codes, int at, Lanes whole) {
-  const __m256i words = _mm256_packs_epi32(_mm256_cvtps_epi32(whole.lo), _mm256_cvtps_epi32(whole.hi));
+QUIRE_INLINE void store_weights(WeightCodes& codes, int at, Lanes weights) {
+  const __m256i words = _mm256_packs_epi32(_mm256_cvtps_epi32(weights.lo), _mm256_cvtps_epi32(weights.hi));
   _mm256_storeu_si256((__m256i*)(codes.words + at), _mm256_permute4x64_epi64(words, 0xd8));
 }

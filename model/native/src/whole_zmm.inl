@@ -37,8 +37,8 @@ QUIRE_INLINE void add_values(ValueSums& sums, ValueCells values, Weights w) {
 QUIRE_INLINE Lanes to_lanes(ValueSums sums) {
   return {_mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_slli_epi32(sums.high, 7), sums.low))};
 }
-QUIRE_INLINE void store_weights(WeightCodes& codes, int at, Lanes whole) {
-  const __m512i w = _mm512_cvtps_epi32(whole.v);
+QUIRE_INLINE void store_weights(WeightCodes& codes, int at, Lanes weights) {
+  const __m512i w = _mm512_cvtps_epi32(weights.v);
   _mm_storeu_si128((__m128i*)(codes.bytes + at), _mm512_cvtepi32_epi8(_mm512_srli_epi32(w, 7)));
   const __m512i low = _mm512_and_si512(w, _mm512_set1_epi32(127));
   _mm_storeu_si128((__m128i*)(codes.bytes + SPLIT + at), _mm512_cvtepi32_epi8(low));
