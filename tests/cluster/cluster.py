@@ -100,9 +100,11 @@ class Cluster:
         self.redis.close()
 
     def heal(self) -> None:
-        """Removes hooks, resumes stopped replicas, replaces ended ones."""
+        """Removes hooks, resumes stopped replicas, starts what has ended again, Redis too."""
         for hook in self.hooks.iterdir():
             hook.unlink()
+        if not self.redis.is_up:
+            self.redis.start()
         self.ask("CONFIG", "SET", "maxmemory", "0")
         for replica in (*self.engines, *self.apis):
             if replica.state == "T":

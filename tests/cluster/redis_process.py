@@ -80,6 +80,10 @@ class RedisServer:
         assert self._process is not None
         return self._process.pid
 
+    @property
+    def is_up(self) -> bool:
+        return self._process is not None
+
     def start(self) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)
         place = ("--port", str(self.port), "--bind", "127.0.0.1", "--dir", str(self.directory))
