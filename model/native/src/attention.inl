@@ -156,6 +156,15 @@ template <bool WIDE, int COUNT> static void score(Walk& walk) {
   for (; position < walk.end; position += GROUP) score_groups<WIDE, COUNT, 1>(walk, position);
 }
 
+// Scores -> weights, or their codes.
+template <bool WIDE> QUIRE_INLINE void weigh_keys(Walk& walk, int count, float* partials, size_t stride) {
+  for (int q = 0; q < count; q++) {
+    float* partial = partials + q * stride;
+    const float most = softmax<WIDE>(walk, q, partial);
+    if constexpr (!WIDE) encode_weights(walk, q, most, partial[1] == partial[1]);
+  }
+}
+
 // The first key that any query sees, and sets the bounds of the walk.
 static int find_bounds(Walk& walk, int count) {
   int first = walk.low[0];
@@ -172,11 +181,7 @@ template <bool WIDE, int COUNT> static void attend_walk(Walk& walk, float* parti
   const int first = find_bounds(walk, COUNT), last = walk.end;
   if constexpr (!WIDE) encode(walk, COUNT);
   score<WIDE, COUNT>(walk);
-  for (int q = 0; q < COUNT; q++) {
-    float* partial = partials + q * stride;
-    const float most = softmax<WIDE>(walk, q, partial);
-    if constexpr (!WIDE) encode_weights(walk, q, most, partial[1] == partial[1]);
-  }
+  weigh_keys<WIDE>(walk, COUNT, partials, stride);
   const int dim = walk.item->shape->dim;
   if constexpr (!WIDE) return gather_all_narrow<COUNT, 0>(walk, first, last, partials, stride);
   int d = 0;

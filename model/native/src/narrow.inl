@@ -4,6 +4,12 @@
 
 constexpr float MOST_WEIGHT = 16383.0f;
 
+// The scores of a query and a group of keys, `at` behind the first one, from the sums of their codes' products.
+QUIRE_INLINE void store_scores(Walk& walk, int q, int at, KeySums sums) {
+  const Lanes scale = load(walk.scales_of_keys + at) * splat(walk.scales[q]);
+  store(walk.weights[q] + at, (to_lanes(sums) - splat(walk.biases[q])) * scale);
+}
+
 template <int COUNT, int WIDTH> static void score_narrow_groups(Walk& walk, int position) {
   const AttentionItem& item = *walk.item;
   const int dim = item.shape->dim;
@@ -29,14 +35,9 @@ template <int COUNT, int WIDTH> static void score_narrow_groups(Walk& walk, int 
     }
   }
   QUIRE_UNROLL
-  for (int g = 0; g < WIDTH; g++) {
-    const int at = position + g * GROUP;
-    const Lanes scale = load(walk.scales_of_keys + (at - walk.begin));
+  for (int g = 0; g < WIDTH; g++)
     QUIRE_UNROLL
-    for (int q = 0; q < COUNT; q++)
-      store(walk.weights[q] + (at - walk.begin),
-            (to_lanes(sums[q][g]) - splat(walk.biases[q])) * (scale * splat(walk.scales[q])));
-  }
+    for (int q = 0; q < COUNT; q++) store_scores(walk, q, position + g * GROUP - walk.begin, sums[q][g]);
 }
 
 // codes * scale is the query; bias is what the variant's products of codes and keys have too much.

@@ -40,10 +40,8 @@ static void score_tiles(Walk& walk, int count) {
     for (int line = 0; line < dim / 4; line++) fetch.line(line);
   }
   for (int q = 0; q < count; q++)
-    for (int at = 0; at < walk.end - walk.begin; at += GROUP) {
-      const Lanes sums = to_lanes(KeySums{_mm512_loadu_si512(walk.weights[q] + at)});
-      store(walk.weights[q] + at, (sums - splat(walk.biases[q])) * (load(walk.scales_of_keys + at) * splat(walk.scales[q])));
-    }
+    for (int at = 0; at < walk.end - walk.begin; at += GROUP)
+      store_scores(walk, q, at, {_mm512_loadu_si512(walk.weights[q] + at)});
 }
 
 // Copies the values of the walk to [positions / 4][D][4], and fills the last step with zeros, whatever the weights'
@@ -82,10 +80,6 @@ static void attend_tiles(Walk& walk, int count, float* partials, size_t stride) 
   find_bounds(walk, count);
   encode(walk, count);
   score_tiles(walk, count);
-  for (int q = 0; q < count; q++) {
-    float* partial = partials + q * stride;
-    const float most = softmax<false>(walk, q, partial);
-    encode_weights(walk, q, most, partial[1] == partial[1]);
-  }
+  weigh_keys<false>(walk, count, partials, stride);
   gather_tiles(walk, count, partials, stride);
 }
